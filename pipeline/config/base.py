@@ -1,0 +1,29 @@
+"""What every configuration section shares: frozen, no unknown keys, and perturbation sizes written as "8/255"."""
+
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen group of settings. An unknown key is an error, so that a misspelling never passes in silence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def parse_fraction(value: Any) -> Any:
+    """Read "8/255" (pixel units of an image in [0, 1]) as the float 8 / 255; anything else is left to pydantic."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f'expected a number or a fraction such as "8/255", got {value!r}') from None
+    return value
+
+
+Eps = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0, le=1)]
+"""Radius of a perturbation, in pixel units of an image in [0, 1]; accepts "8/255"."""
+
+PixelStep = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, le=1)]
+"""A step or a starting radius in pixel units; may be 0; accepts "2/255"."""
