@@ -1,0 +1,53 @@
+"""Which network, and which activation stands at its sites."""
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Section
+from sparta_models import ACTIVATIONS, MODELS, build_activation
+
+Option = bool | int | float | str
+
+
+class ActivationConfig(Section):
+    """An activation by its registry name, and the options of its constructor."""
+
+    name: str = "sparta"
+    """A name in `sparta_models.ACTIVATIONS`."""
+    sharing: str = Field("site", pattern="^(site|stage|network)$")
+    """Who shares parameters: every site its own, one function per resolution stage, or one for the network."""
+    options: dict[str, Option] = {}
+    """Keyword arguments of the activation, e.g. kernel_size, beta, variant for "sparta"."""
+
+    @model_validator(mode="after")
+    def _buildable(self) -> "ActivationConfig":
+        if self.name not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
+        try:
+            build_activation(self.name, 8, **self.options)
+        except TypeError as error:
+            raise ValueError(f"activation {self.name!r} does not take these options: {error}") from error
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        """The mapping that `sparta_models.build_model(activation=...)` takes."""
+        return {"name": self.name, "sharing": self.sharing, **self.options}
+
+
+class ModelConfig(Section):
+    """A network of the zoo, by name, with the options of its constructor."""
+
+    name: str = "resnet8"
+    """A name in `sparta_models.MODELS`."""
+    activation: ActivationConfig = ActivationConfig()
+    """What stands at every activation site."""
+    options: dict[str, Option] = {}
+    """Keyword arguments of the model, e.g. width, stem."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in MODELS:
+            raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+        return name
