@@ -1,0 +1,38 @@
+# make demo and make test are all a newcomer needs; each installs what is missing first.
+.PHONY: demo test check lint format ui bench setup setup-dev clean
+
+PY := .venv/bin/python
+
+demo: setup            ## the whole chain on embedded real data
+	@$(PY) -m pipeline.run
+
+test: setup-dev lint   ## lint, types and every test
+	@$(PY) -m pytest -q
+
+check: setup-dev lint  ## lint, types and the quick tests
+	@$(PY) -m pytest -q -m "not ray and not slow and not gpu"
+
+lint: setup-dev        ## ruff and mypy (strict)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: setup-dev      ## rewrite in the house format
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+ui: setup              ## the MLflow UI over what was made, on 127.0.0.1:5000
+	@$(PY) -m pipeline.tracking ui
+
+bench: setup-dev       ## measure; never part of the tests
+	@for file in benchmarks/*.py; do case $$file in */_*) ;; *) $(PY) $$file || exit 1 ;; esac; done
+
+setup:
+	@infra/setup.sh
+
+setup-dev:
+	@infra/setup.sh dev
+
+clean:                 ## caches only; runs/ and .venv/ stay
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
