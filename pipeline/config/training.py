@@ -21,17 +21,17 @@ class ThreatConfig(Section):
 class AttackConfig(Section):
     """Projected gradient ascent within the threat's ball (Madry et al., arXiv 1706.06083)."""
 
-    steps: int = Field(10, ge=1, le=1000)
+    steps: int = Field(default=10, ge=1, le=1000)
     """Number of gradient steps."""
     step_size: PixelStep | None = None
     """Length of a step in pixel units; unset: 2.5 * eps / steps."""
     step_rule: Literal["constant", "linear", "cosine"] = "constant"
     """How the step length falls over the steps of one attack."""
     loss: AttackLoss = "ce"
-    """Objective: cross-entropy, margin (Carlini-Wagner), difference of logits ratio, or KL from the clean prediction."""
+    """Objective: cross-entropy, margin (Carlini-Wagner), difference of logits ratio, KL from the clean prediction."""
     start: Literal["none", "uniform", "normal"] = "uniform"
     """Where an attack starts: at the image, uniformly in the ball, or 0.001 N(0, 1) away (TRADES)."""
-    restarts: int = Field(1, ge=1, le=100)
+    restarts: int = Field(default=1, ge=1, le=100)
     """Number of independent starts; the worst perturbation of every example is kept."""
     bn: Literal["eval", "train"] = "eval"
     """Batch normalisation during the attack: running statistics, or those of the batch; the running ones never move."""
@@ -66,22 +66,22 @@ class PGDATConfig(Section):
 
 
 class TRADESConfig(Section):
-    """Cross-entropy on clean images + beta * KL(clean prediction || adversarial prediction) (Zhang et al., 1901.08573)."""
+    """Clean cross-entropy + beta * KL(clean prediction || adversarial prediction) (Zhang et al., arXiv 1901.08573)."""
 
     kind: Literal["trades"] = "trades"
     """Discriminator."""
-    beta: float = Field(6.0, ge=0)
+    beta: float = Field(default=6.0, ge=0)
     """Weight of the robust term."""
     attack: AttackConfig = AttackConfig(loss="kl", start="normal")
     """The attack that makes the training examples."""
 
 
 class MARTConfig(Section):
-    """Boosted cross-entropy on adversarial images + beta * KL weighted by misclassification (Wang et al., ICLR 2020)."""
+    """Boosted adversarial cross-entropy + beta * KL weighted by misclassification (Wang et al., ICLR 2020)."""
 
     kind: Literal["mart"] = "mart"
     """Discriminator."""
-    beta: float = Field(5.0, ge=0)
+    beta: float = Field(default=5.0, ge=0)
     """Weight of the regularisation term."""
     attack: AttackConfig = AttackConfig(start="normal")
     """The attack that makes the training examples."""
@@ -92,11 +92,11 @@ class FGSMRSConfig(Section):
 
     kind: Literal["fgsm_rs"] = "fgsm_rs"
     """Discriminator."""
-    step_factor: float = Field(1.25, gt=0, le=2)
+    step_factor: float = Field(default=1.25, gt=0, le=2)
     """Length of the step in units of eps."""
     bn: Literal["eval", "train"] = "eval"
     """Batch normalisation during the attack."""
-    collapse_drop: float = Field(0.2, gt=0, le=1)
+    collapse_drop: float = Field(default=0.2, gt=0, le=1)
     """Catastrophic overfitting is declared when validation robust accuracy falls this far below the best so far."""
     on_collapse: Literal["stop", "pgd_at"] = "stop"
     """What follows: end with the best epoch, or go on from the best epoch with PGD training."""
@@ -112,9 +112,9 @@ MethodConfig = Annotated[
 class AWPConfig(Section):
     """Adversarial weight perturbation around any method (Wu et al., arXiv 2004.05884)."""
 
-    gamma: float = Field(5e-3, gt=0, lt=1)
+    gamma: float = Field(default=5e-3, gt=0, lt=1)
     """Size of the perturbation, relative to the norm of each weight tensor."""
-    warmup_epochs: int = Field(0, ge=0)
+    warmup_epochs: int = Field(default=0, ge=0)
     """Epochs before it sets in."""
 
 
@@ -123,28 +123,28 @@ class MixConfig(Section):
 
     kind: Literal["mixup", "cutmix"]
     """Mixup (arXiv 1710.09412) blends, CutMix (arXiv 1905.04899) pastes a rectangle."""
-    alpha: float = Field(1.0, gt=0)
+    alpha: float = Field(default=1.0, gt=0)
     """Parameter of the Beta(alpha, alpha) distribution of the share of the first image."""
 
 
 class OptimizerConfig(Section):
     """Stochastic gradient descent with momentum; activation parameters form a group of their own."""
 
-    lr: float = Field(0.1, gt=0)
+    lr: float = Field(default=0.1, gt=0)
     """Peak learning rate."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum."""
     nesterov: bool = True
     """Nesterov's look-ahead."""
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(default=5e-4, ge=0)
     """Decay of convolution and linear weights."""
-    norm_weight_decay: float | None = Field(None, ge=0)
+    norm_weight_decay: float | None = Field(default=None, ge=0)
     """Decay of normalisation parameters and biases; unset: as weight_decay, the usual recipe of the field."""
-    activation_lr_factor: float = Field(1.0, ge=0)
+    activation_lr_factor: float = Field(default=1.0, ge=0)
     """Learning rate of activation parameters, relative to lr."""
-    activation_weight_decay: float = Field(0.0, ge=0)
+    activation_weight_decay: float = Field(default=0.0, ge=0)
     """Decay of activation parameters."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
     """Largest L2 norm of the whole gradient; unset: no clipping."""
 
     @model_validator(mode="after")
@@ -159,7 +159,7 @@ class ConstantConfig(Section):
 
     kind: Literal["constant"] = "constant"
     """Discriminator."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
     """Linear warm-up from 0."""
 
 
@@ -170,9 +170,9 @@ class PiecewiseConfig(Section):
     """Discriminator."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Shares of the training, rising, in (0, 1)."""
-    factor: float = Field(0.1, gt=0, lt=1)
+    factor: float = Field(default=0.1, gt=0, lt=1)
     """Multiplier at every milestone."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
     """Linear warm-up from 0."""
 
     @model_validator(mode="after")
@@ -187,9 +187,9 @@ class CosineConfig(Section):
 
     kind: Literal["cosine"] = "cosine"
     """Discriminator."""
-    final_factor: float = Field(0.0, ge=0, le=1)
+    final_factor: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, relative to lr."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
     """Linear warm-up from 0."""
 
 
@@ -198,9 +198,9 @@ class OneCycleConfig(Section):
 
     kind: Literal["one_cycle"] = "one_cycle"
     """Discriminator."""
-    peak: float = Field(0.4, gt=0, lt=1)
+    peak: float = Field(default=0.4, gt=0, lt=1)
     """Share of the training at which lr is reached."""
-    final_factor: float = Field(0.0, ge=0, le=1)
+    final_factor: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, relative to lr."""
 
 
@@ -212,7 +212,7 @@ ScheduleConfig = Annotated[
 class EMAConfig(Section):
     """Exponential moving average of weights and of batch-normalisation statistics; what is then validated and kept."""
 
-    decay: float = Field(0.995, gt=0, lt=1)
+    decay: float = Field(default=0.995, gt=0, lt=1)
     """Share of the average kept at every step."""
     warmup: bool = True
     """Let the decay rise as (1 + n) / (10 + n) over the first n steps, so that the start is forgotten."""
@@ -225,48 +225,48 @@ class SelectionConfig(Section):
     """Accuracy to maximise; unset: robust, or clean for standard training."""
     attack: AttackConfig = AttackConfig(steps=10)
     """The fixed evaluation attack, at the threat's full eps."""
-    every: int = Field(1, ge=1)
+    every: int = Field(default=1, ge=1)
     """Validate every so many epochs (the last one always)."""
-    max_samples: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(default=None, ge=1)
     """Validation images attacked; unset: all of the split."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     """Images per validation batch and worker."""
 
 
 class EarlyStoppingConfig(Section):
     """End the training when the selection metric no longer improves (against robust overfitting, arXiv 2002.11569)."""
 
-    patience: int = Field(20, ge=1)
+    patience: int = Field(default=20, ge=1)
     """Validations without improvement that are borne."""
-    min_delta: float = Field(0.0, ge=0, lt=1)
+    min_delta: float = Field(default=0.0, ge=0, lt=1)
     """Improvement that counts."""
 
 
 class CheckpointConfig(Section):
     """When the training can be resumed from."""
 
-    every_epochs: int = Field(1, ge=1)
+    every_epochs: int = Field(default=1, ge=1)
     """Write a checkpoint after every so many epochs (after the last one always)."""
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
     """Also inside an epoch, after every so many steps; unset: at epoch ends alone."""
 
 
 class TrainingConfig(Section):
     """Everything about one training except the network, the data and the seed."""
 
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(default=30, ge=1)
     """Number of passes over the training split."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Images per step over all workers together."""
     threat: ThreatConfig = ThreatConfig()
     """Perturbations to withstand."""
-    eps_warmup_epochs: float = Field(0.0, ge=0)
+    eps_warmup_epochs: float = Field(default=0.0, ge=0)
     """The training attack grows linearly from 0 to the full eps over these epochs."""
     method: MethodConfig = PGDATConfig()
     """Training method."""
     awp: AWPConfig | None = None
     """Adversarial weight perturbation around the method; unset: none."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the label spread over all classes, in the training loss alone."""
     mix: MixConfig | None = None
     """Mixup or CutMix; unset: neither."""
@@ -309,6 +309,8 @@ class TrainingConfig(Section):
             raise ValueError('label_smoothing has no form in method.kind="mart"; set it to 0')
         if self.eps_warmup_epochs and self.method.kind == "standard":
             raise ValueError('eps_warmup_epochs needs an attack; method.kind="standard" has none')
+        if self.selection.attack.bn != "eval":
+            raise ValueError('selection.attack.bn="train" would judge another network than the kept one; use "eval"')
         warmup = getattr(self.schedule, "warmup_epochs", 0.0)
         if warmup >= self.epochs > 1:
             raise ValueError(f"schedule.warmup_epochs={warmup} leaves nothing of epochs={self.epochs}")
