@@ -1,0 +1,1 @@
+"""Adversarial training: attacks, methods, the loop, checkpoints. Knows nothing of the launcher that runs it."""
