@@ -1,0 +1,196 @@
+"""The unit of work: a block of test images goes through all attacks at once, and its result is a file.
+
+Blocks are fixed slices of the test split, and every random number comes from (seed, attack, block). So the result does
+not depend on which worker took which block, and an evaluation that was killed goes on with the blocks that are missing.
+"""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.evaluation import AttackConfig, EvaluationConfig, PGDAttack, ThreatModel, TransferAttack
+from pipeline.evaluation.attacks import run_attack
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode, and every submodule back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def derived_seed(seed: int, *labels: object) -> int:
+    """A 31-bit seed for one purpose, independent of all others."""
+    text = "/".join(map(str, (seed, *labels)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Predicted class (B,) of x (B, C, H, W)."""
+    with torch.no_grad():
+        predicted: Tensor = model(x).argmax(1)
+    return predicted
+
+
+class _Cascade:
+    """Attacks in turn on what is still correct, under one threat model."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, threat: ThreatModel) -> None:
+        self.model, self.x, self.y, self.threat = model, x, y, threat
+        self.correct, self.x_adv = correct.clone(), x.clone()
+        self.warnings: list[str] = []
+
+    def run(self, attack: AttackConfig, seed: int, reference: nn.Module | None) -> npt.NDArray[np.bool_]:
+        """Attack the survivors; returns (B,) who is correct after it."""
+        alive = self.correct.nonzero().flatten()
+        if len(alive):
+            x, y = self.x[alive], self.y[alive]
+            x_adv, warnings = run_attack(attack, self.model, x, y, self.threat, seed=seed, reference=reference)
+            _require_inside(x_adv, x, self.threat, attack.name)
+            self.warnings += [f"{attack.name}: {warning}" for warning in warnings]
+            self.x_adv[alive] = x_adv
+            self.correct[alive] = predict(self.model, x_adv) == y
+        return self.correct.cpu().numpy()
+
+
+def _require_inside(x_adv: Tensor, x: Tensor, threat: ThreatModel, name: str) -> None:
+    delta = (x_adv - x).flatten(1)
+    size = (delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)).max().item()
+    if size > threat.eps * (1 + 1e-4) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
+        raise AssertionError(f"attack {name} left the ball or the box: |delta| = {size}, eps = {threat.eps}")
+
+
+def judge_block(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    config: EvaluationConfig,
+    *,
+    seed: int,
+    block: int,
+    reference: nn.Module | None,
+) -> Arrays:
+    """All attacks, the other threats and the curve on one block.
+
+    Args:
+        model: logits (B, num_classes) from x in [0, 1].
+        x, y: images (B, C, H, W) and labels (B,), on the model's device.
+        config: the suite.
+        seed, block: decide every random number.
+        reference: model for transfer attacks.
+
+    Returns:
+        Arrays over the block: y, predicted, correct/..., curve/<i>, picture/..., x and x_adv, and the warnings.
+    """
+    with evaluating(model):
+        predicted = predict(model, x)
+        clean = predicted == y
+        found: Arrays = {
+            "y": y.cpu().numpy(),
+            "predicted": predicted.cpu().numpy(),
+            "correct/clean": clean.cpu().numpy(),
+        }
+        main = _Cascade(model, x, y, clean, config.threat)
+        for attack in config.attacks:
+            if isinstance(attack, TransferAttack) and reference is None:
+                main.warnings.append(f"{attack.name}: skipped, there is no reference model")
+                continue
+            found[f"correct/{attack.name}"] = main.run(attack, derived_seed(seed, attack.name, block), reference)
+        found["correct/union"] = main.correct.cpu().numpy()
+        warnings = list(main.warnings)
+        for threat in config.other_threats:
+            other = _Cascade(model, x, y, clean, threat)
+            for attack in OTHER_ATTACKS:
+                key = f"{threat.label}/{attack.name}"
+                found[f"correct/{key}"] = other.run(attack, derived_seed(seed, key, block), reference)
+        found.update(_curve(model, x, y, clean, config, seed=seed, block=block))
+        found.update(_pictures(main, predict(model, main.x_adv), config, block))
+    found["warnings"] = np.array(sorted(set(warnings)), dtype=np.str_)
+    return found
+
+
+OTHER_ATTACKS: tuple[PGDAttack, ...] = (PGDAttack(steps=20), PGDAttack(steps=50, loss="margin"))
+
+
+def _curve(
+    model: nn.Module, x: Tensor, y: Tensor, clean: Tensor, config: EvaluationConfig, *, seed: int, block: int
+) -> Arrays:
+    """An example fooled at one radius is fooled at every larger one, so only survivors are attacked again."""
+    first = block * config.block_size
+    keep = len(x) if config.curve.num_examples is None else max(0, min(len(x), config.curve.num_examples - first))
+    x, y, correct = x[:keep], y[:keep], clean[:keep]
+    found: Arrays = {}
+    attack = PGDAttack(steps=config.curve.steps, loss="margin")
+    for i, multiple in enumerate(config.curve.multiples):
+        cascade = _Cascade(model, x, y, correct, config.threat.scaled(multiple))
+        found[f"curve/{i}"] = cascade.run(attack, derived_seed(seed, "curve", multiple, block), None)
+        correct = cascade.correct
+    return found
+
+
+def _pictures(cascade: _Cascade, predicted: Tensor, config: EvaluationConfig, block: int) -> Arrays:
+    fooled = (cascade.y != predicted).nonzero().flatten().cpu().numpy()
+    chosen = torch.from_numpy(diverse(cascade.y.cpu().numpy(), fooled, config.num_pictures)).to(cascade.x.device)
+    found: Arrays = {
+        "picture/index": chosen.cpu().numpy() + block * config.block_size,
+        "picture/x": cascade.x[chosen].cpu().numpy(),
+        "picture/x_adv": cascade.x_adv[chosen].cpu().numpy(),
+        "picture/y": cascade.y[chosen].cpu().numpy(),
+        "picture/predicted": predicted[chosen].cpu().numpy(),
+    }
+    if config.save_adversarial:
+        found |= {"x": cascade.x.cpu().numpy(), "x_adv": cascade.x_adv.cpu().numpy()}
+    return found
+
+
+def diverse(y: npt.NDArray[np.int64], candidates: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Up to `count` of `candidates` (indices into `y`), one of each class before the second of any."""
+    seen: Counter[int] = Counter()
+    rank = []
+    for label in y[candidates].tolist():
+        rank.append(seen[label])
+        seen[label] += 1
+    return np.sort(candidates[np.argsort(rank, kind="stable")][:count])
+
+
+def save_arrays(path: Path, arrays: Arrays) -> None:
+    """Write an .npz to a temporary name, read it back, rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
+            file.flush()
+            os.fsync(file.fileno())
+        if load_arrays(Path(name)) is None:
+            raise OSError(f"{path} could not be read back after writing: is the disk full?")
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load_arrays(path: Path) -> Arrays | None:
+    """The arrays of an .npz, or None where there is none or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
