@@ -1,0 +1,25 @@
+"""Sparta and its relatives: activations, CNNs to put them in, and banks that carry trained activations between CNNs."""
+
+from sparta_models.activations import ACTIVATIONS, Activation, Cell, Sparta, build_activation
+from sparta_models.bank import ActivationBank, frozen_parameters
+from sparta_models.models import MODELS, Normalize, build_model
+from sparta_models.sites import ActivationSpec, Site, SiteInfo, install, named_sites, sites
+
+__all__ = [
+    "ACTIVATIONS",
+    "MODELS",
+    "Activation",
+    "ActivationBank",
+    "ActivationSpec",
+    "Cell",
+    "Normalize",
+    "Site",
+    "SiteInfo",
+    "Sparta",
+    "build_activation",
+    "build_model",
+    "frozen_parameters",
+    "install",
+    "named_sites",
+    "sites",
+]

@@ -1,0 +1,84 @@
+"""Sparta: the spatially attentive activation y = x * phi(x), phi(x) = sigmoid(g(x)), g a function of a neighbourhood.
+
+Guo, Juefei-Xu, Zhou, Feng, Liu, Wang: "Sparta: Spatially Attentive and Adversarially Robust Activation", arXiv
+2105.08269. Of the paper, its abstract's properties are what is held to: the gate is spatially attentive and input
+dependent. The form of g is this project's own choice.
+
+Legend: x (B, C, H, W); g (B, C, H, W) or (B, 1, H, W); k the kernel size; beta the sharpness at the start.
+"""
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from sparta_models.activations.base import VARYING_DEPENDENT, Activation
+from sparta_models.activations.gates import GATES, Gate
+
+Variant = Literal["depthwise", "attention", "lowrank", "shared", "smoothmax"]
+INITS = {"silu": 1.0, "relu": 10.0}
+
+
+class Sparta(Activation):
+    """Spatially attentive activation.
+
+    Args:
+        num_channels: C of the input.
+        variant: the form of g, see `sparta_models.activations.gates`.
+        kernel_size: k, odd.
+        dilation: spacing of the kernel's taps.
+        beta: sharpness at the start; y = x sigmoid(beta x) with init "silu".
+        bias: whether g has a learned offset (per channel; one for the variant "shared"), zero at the start.
+        init: "silu", or "relu" for a gate ten times as sharp.
+
+    Raises:
+        ValueError: for an unknown variant or init, or a kernel size, dilation or beta out of range; in forward, for an
+            input that is not (B, num_channels, H, W) (any C for the variant "shared").
+    """
+
+    cell = VARYING_DEPENDENT
+    formula = "x s(g(x)), g(x) from a k x k neighbourhood"
+    paper = "Guo et al., arXiv 2105.08269"
+
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        variant: str = "depthwise",
+        kernel_size: int = 3,
+        dilation: int = 1,
+        beta: float = 1.0,
+        bias: bool = False,
+        init: str = "silu",
+    ) -> None:
+        super().__init__(num_channels)
+        _check(variant, kernel_size, dilation, beta, init)
+        self.variant = variant
+        self.gate: Gate = GATES[variant](
+            num_channels, kernel_size=kernel_size, dilation=dilation, beta=beta * INITS[init], bias=bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (B, C, H, W)."""
+        if x.dim() != 4 or (not self.gate.any_width and x.shape[1] != self.num_channels):
+            raise ValueError(
+                f"expected x of shape (B, {self.num_channels}, H, W), got {tuple(x.shape)}; "
+                'build Sparta for the width of its input, or use variant="shared", which fits every width'
+            )
+        return self.gate.activate(x)
+
+    def flops(self, height: int, width: int) -> int:
+        """FLOPs for one image."""
+        return self.gate.flops(self.num_channels, height, width)
+
+
+def _check(variant: str, kernel_size: int, dilation: int, beta: float, init: str) -> None:
+    if variant not in get_args(Variant):
+        raise ValueError(f"expected a variant among {', '.join(get_args(Variant))}, got {variant!r}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"expected an odd kernel_size >= 1, got {kernel_size}")
+    if dilation < 1:
+        raise ValueError(f"expected dilation >= 1, got {dilation}")
+    if beta <= 0:
+        raise ValueError(f"expected beta > 0, got {beta}")
+    if init not in INITS:
+        raise ValueError(f"expected init among {', '.join(INITS)}, got {init!r}")

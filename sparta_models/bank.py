@@ -1,0 +1,155 @@
+"""The bank: the trained activations of a network, apart from its convolutions, to be frozen into other networks.
+
+On disk a bank is a directory with bank.safetensors (the tensors) and bank.json (what they are). Nothing is unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparta_models.activations import Activation
+from sparta_models.files import read_bank, write_bank
+from sparta_models.sites import ActivationSpec, Site, SiteInfo, activation_spec, install, named_sites, sites, unwrap
+from sparta_models.transfer import adapt_tensors, match
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One function of a bank: the first site where it stood, and its tensors (parameters and buffers) by name."""
+
+    site: SiteInfo
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationBank:
+    """Trained activations by key (site name, or key of the shared function). Immutable; equality is that of the digest.
+
+    Attributes:
+        spec: the activation's name, sharing and options.
+        entries: the functions, by key.
+        sites: every site of the source network.
+        architecture: name of the source network.
+        source: free text on where it comes from, e.g. {"dataset": ..., "threat_model": ...}; not part of the digest.
+    """
+
+    spec: ActivationSpec
+    entries: Mapping[str, Entry]
+    sites: tuple[SiteInfo, ...]
+    architecture: str
+    source: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, *, source: Mapping[str, str] | None = None) -> "ActivationBank":
+        """Copy the activations out of a network.
+
+        Raises:
+            ValueError: for a network without installed activations.
+        """
+        spec, infos = activation_spec(model), sites(model)
+        entries: dict[str, Entry] = {}
+        for info, (_, site) in zip(infos, named_sites(model), strict=True):
+            if info.key not in entries:
+                tensors = {k: v.detach().cpu().clone() for k, v in site.function.state_dict().items()}
+                entries[info.key] = Entry(info, tensors)
+        architecture = str(getattr(unwrap(model), "_architecture", type(unwrap(model)).__name__))
+        return cls(spec, entries, tuple(infos), architecture, dict(source or {}))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the spec, the keys and every tensor's name, type, shape and bytes."""
+        digest = hashlib.sha256(json.dumps(self.spec.mapping(), sort_keys=True).encode())
+        for key, entry in sorted(self.entries.items()):
+            for name, tensor in sorted(entry.tensors.items()):
+                digest.update(f"{key}/{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ActivationBank) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def with_source(self, **source: str) -> "ActivationBank":
+        """Return the same bank with more said on where it comes from."""
+        return replace(self, source={**self.source, **source})
+
+    def apply_to(self, model: nn.Module, freeze: bool = True, adapt: str | None = None) -> nn.Module:
+        """Put the activations into a network, in place, replacing those at its sites; build the optimizer afterwards.
+
+        Args:
+            model: a network with sites, of build_model or convert.
+            freeze: pin them: no gradient, eval mode for good.
+            adapt: rule for a site of another width than its source's, see `sparta_models.transfer.ADAPT`.
+
+        Raises:
+            ValueError: for a network without sites, and for a width mismatch without a rule, naming both widths.
+        """
+        target = sites(model)
+        plan = match(target, list(self.sites))
+        by_site = {id(site): info for info, (_, site) in zip(target, named_sites(model), strict=True)}
+
+        def make(site: Site) -> Activation:
+            info = by_site[id(site)]
+            entry = self.entries[plan[info.name].key]
+            activation = self.spec.build(site.num_channels)
+            tensors = adapt_tensors(entry.tensors, activation.state_dict(), entry.site, info, adapt)
+            activation.load_state_dict(tensors)
+            return activation.freeze() if freeze else activation
+
+        install(model, self.spec, make)
+        return model
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the bank into a directory, each file by temporary name, check and rename. Returns the directory."""
+        tensors = {f"{key}/{name}": t for key, e in self.entries.items() for name, t in e.tensors.items()}
+        meta = {
+            "activation": self.spec.mapping(),
+            "architecture": self.architecture,
+            "source": dict(self.source),
+            "sites": [asdict(info) for info in self.sites],
+            "digest": self.digest,
+        }
+        return write_bank(Path(directory), tensors, meta)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "ActivationBank":
+        """Read a bank and check it against its digests.
+
+        Raises:
+            ValueError: for files that are missing, truncated, altered, of another schema, or that hold values that
+            aren't finite.
+        """
+        tensors, meta = read_bank(Path(directory))
+        infos = tuple(SiteInfo(**info) for info in meta["sites"])
+        entries: dict[str, Entry] = {}
+        for info in infos:
+            own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == info.key}
+            entries.setdefault(info.key, Entry(info, own))
+        bank = cls(ActivationSpec.parse(meta["activation"]), entries, infos, meta["architecture"], meta["source"])
+        if bank.digest != meta["digest"]:
+            raise ValueError(
+                f"expected a bank with digest {meta['digest']}, got {bank.digest}; the files don't belong together"
+            )
+        return bank
+
+
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the frozen activations, by name in the network; they belong in no optimizer."""
+    frozen: dict[str, nn.Parameter] = {}
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, Activation) and module.frozen:
+            frozen |= {f"{name}.{key}": p for key, p in module.named_parameters()}
+    return frozen
+
+
+def activations(model: nn.Module) -> dict[str, Any]:
+    """The distinct functions of a network, by key."""
+    return {info.key: site.function for info, (_, site) in zip(sites(model), named_sites(model), strict=True)}

@@ -1,0 +1,90 @@
+"""The files of a bank: bank.safetensors and bank.json, written whole or not at all, and refused when anything is
+amiss."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+SCHEMA = 1
+TENSORS, META = "bank.safetensors", "bank.json"
+_KEYS = {"schema", "activation", "architecture", "source", "sites", "digest", "sha256"}
+
+
+def write_bank(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+    """Write the tensors, then the description that seals them with their sha256."""
+    from safetensors.torch import save
+
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    sealed = {"schema": SCHEMA, **meta, "sha256": hashlib.sha256(data).hexdigest()}
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / TENSORS, data)
+    _write(directory / META, json.dumps(sealed, indent=1, sort_keys=True).encode())
+    return directory
+
+
+def _write(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if Path(temporary).read_bytes() != data:
+            raise OSError(f"{path} was not written as given")
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_bank(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and check both files; returns the tensors and the description.
+
+    Raises:
+        ValueError: naming the file, what was expected and what came.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    meta = _read_meta(directory / META)
+    data = _read(directory / TENSORS)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != meta["sha256"]:
+        raise ValueError(
+            f"{directory / TENSORS}: expected sha256 {meta['sha256']}, got {sha256}; the file is damaged or altered"
+        )
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / TENSORS}: expected a safetensors file, got: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{directory / TENSORS}: expected finite values, got NaN or infinity in {name!r}")
+    return tensors, meta
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"expected a bank with {TENSORS} and {META}, got no readable {path}: {error.strerror}"
+        ) from error
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(_read(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}") from error
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
+        got = meta.get("schema") if isinstance(meta, dict) else type(meta).__name__
+        raise ValueError(f"{path}: expected schema {SCHEMA}, got {got}; write the bank again with this version")
+    if set(meta) != _KEYS:
+        raise ValueError(f"{path}: expected keys {sorted(_KEYS)}, got {sorted(meta)}")
+    return meta

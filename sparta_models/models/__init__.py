@@ -1,0 +1,61 @@
+"""All networks by name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from sparta_models.models.common import Normalize
+from sparta_models.models.resnet import BasicBlock, Bottleneck, ResNet
+from sparta_models.models.resnet_cifar import CifarResNet
+from sparta_models.sites import ActivationSpec, install
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": partial(CifarResNet, 1),
+    "resnet14": partial(CifarResNet, 2),
+    "resnet20": partial(CifarResNet, 3),
+    "resnet32": partial(CifarResNet, 5),
+    "resnet56": partial(CifarResNet, 9),
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+}
+"""Name -> constructor of a network with empty sites."""
+
+
+def build_model(
+    name: str,
+    *,
+    activation: str | Mapping[str, Any] | ActivationSpec = "sparta",
+    num_classes: int = 10,
+    in_channels: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a network: images (B, in_channels, H, W) in [0, 1] -> logits (B, num_classes).
+
+    Args:
+        name: a name in `MODELS`.
+        activation: a name in `ACTIVATIONS`, or a mapping {"name": ..., "sharing": "site" | "stage" | "network",
+        **options}.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        mean: per channel, in pixel units of [0, 1]; the first layer subtracts it. None for zeros.
+        std: likewise; the first layer divides by it. None for ones.
+        **kwargs: the network's own options: `width` (channels of the first stage), `stem` ("cifar" or "imagenet").
+
+    Raises:
+        ValueError: for an unknown name, or a value out of range.
+        TypeError: for an option that the network or the activation doesn't have.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+    model = MODELS[name](num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **kwargs)
+    install(model, activation)
+    object.__setattr__(model, "_architecture", name)
+    return model
+
+
+__all__ = ["MODELS", "Normalize", "build_model"]

@@ -1,0 +1,222 @@
+"""Sites: the places of a network where an activation is called, and how activations are put there.
+
+A network is built with empty sites; `install` then fills them. So the convolutions of a seed are the same whatever the
+activation, and putting in a transferred bank is the same operation as building.
+
+Sharing: "site" gives every site its own function; "stage" one function to all sites of a resolution stage; "network"
+one to all. A function that is bound to a width is shared, under "stage", by the stage's sites of that width
+(bottlenecks have two). A shared function is registered once, as `model.shared_activations.<key>`; its sites refer to
+it without registering it again, so that state_dict holds every tensor once and DDP sees one parameter.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparta_models.activations import Activation, build_activation
+
+SHARINGS = ("site", "stage", "network")
+
+
+class Site(nn.Module):
+    """A call site of an activation, x (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        num_channels: C.
+        stage: resolution stage: 0 is the stem, 1 the first stage of blocks.
+        block: number of the block within the stage.
+    """
+
+    def __init__(self, num_channels: int, *, stage: int, block: int) -> None:
+        super().__init__()
+        self.num_channels, self.stage, self.block = num_channels, stage, block
+        self.key: str | None = None
+        """Key of the shared function that stands here, None for an own one."""
+
+    @property
+    def function(self) -> Activation:
+        """The activation that stands here."""
+        own = self._modules.get("activation")
+        activation = own if own is not None else self.__dict__.get("_shared")
+        if activation is None:
+            raise RuntimeError("this site is empty; call sparta_models.install(model, activation) first")
+        return cast(Activation, activation)
+
+    def fill(self, activation: Activation, key: str | None = None) -> None:
+        """Put an activation here: an own one, or with a key a shared one that the network's root registers."""
+        self._modules.pop("activation", None)
+        self.__dict__.pop("_shared", None)
+        self.key = key
+        if key is None:
+            self.activation = activation
+        else:
+            # Past nn.Module.__setattr__: a reference that isn't registered.
+            self.__dict__["_shared"] = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation that stands here."""
+        return cast(Tensor, self.function(x))
+
+    def extra_repr(self) -> str:
+        """Show where the site is, and what it shares."""
+        shared = f", shared={self.key}" if self.key else ""
+        return f"{self.num_channels}, stage={self.stage}, block={self.block}{shared}"
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """Where a site is: its module's name, its stage, its depth (index in the stage), its block, its position in it,
+    and C."""
+
+    name: str
+    stage: int
+    depth: int
+    block: int
+    position: int
+    channels: int
+    key: str
+    """Whose function stands here: the shared key, or the site's own name."""
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """An activation's name, its sharing and its constructor's options."""
+
+    name: str
+    sharing: str
+    options: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, activation: "str | Mapping[str, Any] | ActivationSpec") -> "ActivationSpec":
+        """Read a name, or a mapping {"name": ..., "sharing": ..., **options}.
+
+        Raises:
+            ValueError: for a mapping without a name, or an unknown sharing.
+        """
+        if isinstance(activation, ActivationSpec):
+            return activation
+        options = {"name": activation} if isinstance(activation, str) else dict(activation)
+        if "name" not in options:
+            raise ValueError(f'expected a name or a mapping with "name", got keys {sorted(options)}')
+        spec = cls(options.pop("name"), options.pop("sharing", "site"), options)
+        if spec.sharing not in SHARINGS:
+            raise ValueError(f"expected sharing among {', '.join(SHARINGS)}, got {spec.sharing!r}")
+        return spec
+
+    def build(self, num_channels: int) -> Activation:
+        """Build one activation."""
+        return build_activation(self.name, num_channels, **self.options)
+
+    def mapping(self) -> dict[str, Any]:
+        """The mapping that `parse` reads."""
+        return {"name": self.name, "sharing": self.sharing, **self.options}
+
+    def any_width(self) -> bool:
+        """Whether the tensors have the same shapes at every width."""
+        with torch.device("meta"):
+            shapes = [{k: v.shape for k, v in self.build(c).state_dict().items()} for c in (8, 16)]
+        return shapes[0] == shapes[1]
+
+    def shared_key(self, site: Site, any_width: bool) -> str:
+        """Key of the function that a site shares."""
+        name = "network" if self.sharing == "network" else f"stage{site.stage}"
+        return name if any_width else f"{name}_c{site.num_channels}"
+
+
+def named_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
+    """Iterate over (name, site), in the order of registration, which in the zoo is the order of the calls."""
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, Site):
+            yield name, module
+
+
+def sites(model: nn.Module) -> list[SiteInfo]:
+    """List where the sites of a network are."""
+    depths: dict[int, int] = {}
+    positions: dict[tuple[int, int], int] = {}
+    infos = []
+    for name, site in named_sites(model):
+        place = (site.stage, site.block)
+        depth, position = depths.get(site.stage, 0), positions.get(place, 0)
+        depths[site.stage], positions[place] = depth + 1, position + 1
+        infos.append(SiteInfo(name, site.stage, depth, site.block, position, site.num_channels, site.key or name))
+    return infos
+
+
+def install(
+    model: nn.Module,
+    activation: str | Mapping[str, Any] | ActivationSpec,
+    make: Callable[[Site], Activation] | None = None,
+) -> None:
+    """Fill every site of a network, replacing what stood there. Build optimizers after this, not before.
+
+    Args:
+        model: a network with sites.
+        activation: name, mapping or spec.
+        make: builds the activation for a site (once per shared function); by default from the spec.
+
+    Raises:
+        ValueError: for a network without sites, an unknown activation, or sharing="network" with a function that is
+            bound to a width in a network of several widths.
+    """
+    root, spec = unwrap(model), ActivationSpec.parse(activation)
+    places = [site for _, site in named_sites(root)]
+    if not places:
+        raise ValueError("expected a network with activation sites, got none; use build_model or convert first")
+    make = make or (lambda site: spec.build(site.num_channels))
+    root._modules.pop("shared_activations", None)
+    if spec.sharing == "site":
+        for site in places:
+            site.fill(make(site))
+    else:
+        root.shared_activations = _share(places, spec, make)
+    set_activation_spec(root, spec)
+
+
+def _share(places: list[Site], spec: ActivationSpec, make: Callable[[Site], Activation]) -> nn.ModuleDict:
+    any_width = spec.any_width()
+    widths = sorted({site.num_channels for site in places})
+    if spec.sharing == "network" and not any_width and len(widths) > 1:
+        raise ValueError(
+            f'expected for sharing="network" a function that fits every width of the network ({widths}), got '
+            f'{spec.name!r} with one set of parameters per channel; use sharing="stage", or an activation whose '
+            'parameters all channels share (for "sparta": variant="shared")'
+        )
+    shared = nn.ModuleDict()
+    for site in places:
+        key = spec.shared_key(site, any_width)
+        if key not in shared:
+            shared[key] = make(site)
+        site.fill(cast(Activation, shared[key]), key)
+    return shared
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the network inside DistributedDataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def activation_spec(model: nn.Module) -> ActivationSpec:
+    """Return what `install` put into a network.
+
+    Raises:
+        ValueError: for a network without installed activations.
+    """
+    spec = getattr(unwrap(model), "_activation_spec", None)
+    if not isinstance(spec, ActivationSpec):
+        raise ValueError("expected a network made by build_model or convert, got one without activation sites")
+    return spec
+
+
+def set_activation_spec(model: nn.Module, spec: ActivationSpec) -> None:
+    """Note what stands at the sites of a network."""
+    object.__setattr__(model, "_activation_spec", spec)
