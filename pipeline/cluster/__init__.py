@@ -1,0 +1,7 @@
+"""Ray, and nothing but Ray: start it, check that the cluster can hold a request, train in workers, search."""
+
+from pipeline.cluster.capacity import Capacity, ClusterTooSmall, preflight
+from pipeline.cluster.launch import TrainingFailed, launch, launch_many
+from pipeline.cluster.session import ensure_ray
+
+__all__ = ["Capacity", "ClusterTooSmall", "TrainingFailed", "ensure_ray", "launch", "launch_many", "preflight"]

@@ -1,0 +1,205 @@
+"""Training jobs in Ray Train workers.
+
+Starting a worker group costs seconds, so jobs share groups: as many groups run side by side as the cluster has room
+for, and each takes its share of the jobs one after the other.
+"""
+
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel
+
+from pipeline.cluster.capacity import Capacity, preflight, uses_gpu, worker_bundle
+from pipeline.cluster.outcome import clear_stop, failed, load_outcome, request_stop
+from pipeline.cluster.session import ensure_ray
+from pipeline.cluster.worker import Job, Train, Work, run_work
+from pipeline.config.scaling import ScalingConfig
+from pipeline.tracking.journal import Entry, read_journal
+
+if TYPE_CHECKING:
+    from pipeline.training import TrainedModel, TrainJob
+
+Result = TypeVar("Result", bound=BaseModel)
+OnProgress = Callable[[Any, Entry], None]
+"""Called in the driver with the job and each new entry of its journal."""
+
+JOURNAL = "metrics.jsonl"
+_POLL_SECONDS = 0.2
+_STOP_GRACE_SECONDS = 2.0  # a Ray job gets 3 s between SIGTERM and SIGKILL
+
+
+class TrainingFailed(Exception):  # noqa: N818 - reads as the sentence it is
+    """A job failed in its workers; `details` holds the traceback from there."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+def launch(job: "TrainJob", scaling: ScalingConfig, *, on_progress: OnProgress | None = None) -> "TrainedModel":
+    """Train one job in Ray Train workers; see `launch_many`. Raises TrainingFailed or ClusterTooSmall."""
+    (result,) = launch_many([job], scaling, on_progress=on_progress)
+    if isinstance(result, TrainingFailed):
+        raise result
+    return result
+
+
+def launch_many(
+    jobs: Sequence["TrainJob"], scaling: ScalingConfig, *, on_progress: OnProgress | None = None
+) -> "list[TrainedModel | TrainingFailed]":
+    """Train independent jobs; one result for each, in order. A job that fails does not take the others along.
+
+    Every job has the workers and the result that it would have alone. A worker or node that dies is replaced and the
+    job resumes from its own last checkpoint, at most `scaling.max_failures` times. Interrupted by an exception such as
+    KeyboardInterrupt, the jobs are asked to checkpoint and stop before it goes on.
+
+    Raises ClusterTooSmall when the cluster can never hold one job, ConnectionError when it does not answer.
+    """
+    from pipeline.training import TrainedModel, train
+
+    return run_jobs(jobs, scaling, train=train, result_type=TrainedModel, on_progress=on_progress)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    scaling: ScalingConfig,
+    *,
+    train: Train,
+    result_type: type[Result],
+    on_progress: OnProgress | None = None,
+) -> list[Result | TrainingFailed]:
+    """`launch_many` for any `train(job, context)` that returns a `result_type`."""
+    preflight(scaling)
+    run = uuid.uuid4().hex[:8]
+    for job in jobs:
+        clear_stop(job.output)
+    with ensure_ray(scaling):
+        capacity = preflight(scaling)
+        groups = [Work(run, share, train) for share in _shares(jobs, scaling, capacity)]
+        with _running(groups, scaling, capacity) as alive:
+            _follow(jobs, alive, on_progress)
+    return [_result(job, run, result_type) for job in jobs]
+
+
+def _shares(jobs: Sequence[Job], scaling: ScalingConfig, capacity: Capacity) -> list[Sequence[Job]]:
+    slots = capacity.slots(worker_bundle(scaling, capacity), placement=scaling.placement)
+    num_groups = max(1, min(slots // scaling.max_workers, len(jobs)))
+    return [jobs[start::num_groups] for start in range(num_groups)]
+
+
+@contextmanager
+def _running(groups: Sequence[Work], scaling: ScalingConfig, capacity: Capacity) -> Iterator[Callable[[], bool]]:
+    """Run the groups in threads; yield whether any of them is still alive. On an exception, ask the jobs to stop."""
+    threads = [threading.Thread(target=_run_group, args=(work, scaling, capacity), daemon=True) for work in groups]
+    for thread in threads:
+        thread.start()
+    try:
+        yield lambda: any(thread.is_alive() for thread in threads)
+    except BaseException:
+        for work in groups:
+            for job in work.jobs:
+                request_stop(job.output)
+        for thread in threads:
+            thread.join(_STOP_GRACE_SECONDS / len(threads))
+        raise
+
+
+def _follow(jobs: Sequence[Job], alive: Callable[[], bool], on_progress: OnProgress | None) -> None:
+    offsets = [read_journal(job.output / JOURNAL)[1] for job in jobs]  # entries of an earlier run are no progress
+    running = True
+    while running:
+        running = alive()  # asked before the last look at the journals
+        for index, job in enumerate(jobs):
+            entries, offsets[index] = read_journal(job.output / JOURNAL, offsets[index])
+            for entry in entries if on_progress else ():
+                on_progress(job, entry)
+        if running:
+            time.sleep(_POLL_SECONDS)
+
+
+def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
+    """Fit until every job of the group is settled: after each fit at least one more is."""
+    from ray.train import ControllerError, TrainingFailedError
+
+    pending = list(work.jobs)
+    while pending:
+        error: Exception = RuntimeError("left no outcome; put its output on a filesystem that all nodes share")
+        try:
+            _fit(replace(work, jobs=pending), scaling, capacity)
+            settled = len(pending)
+        except TrainingFailedError as failure:
+            # The jobs run in order, so the first one without an outcome is the one that failed.
+            error, settled = failure, len(pending) if isinstance(failure, ControllerError) else 1
+        unsettled = [job for job in pending if load_outcome(job.output, work.run) is None]
+        for job in unsettled[:settled]:
+            failed(work.run, error).save(job.output)
+        pending = unsettled[settled:]
+
+
+def _fit(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
+    from ray import train
+    from ray.train.torch import TorchConfig
+
+    gpu = uses_gpu(scaling, capacity)
+    storage = work.jobs[0].output / "ray"
+    trainer = _trainer_class()(
+        partial(run_work, work),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(scaling.collective_timeout)),
+        scaling_config=train.ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=gpu,
+            resources_per_worker=worker_bundle(scaling, capacity),
+            placement_strategy=scaling.placement,
+            elastic_resize_monitor_interval_s=scaling.resize_interval,
+        ),
+        run_config=train.RunConfig(
+            # Ray takes up a run whose name it knows and then trains nothing. Resuming is the jobs' own affair.
+            name=f"sparta-{work.run}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(storage.resolve()),
+            failure_config=train.FailureConfig(
+                max_failures=scaling.max_failures, controller_failure_limit=scaling.start_attempts - 1
+            ),
+            logging_config=train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    trainer.fit()
+    shutil.rmtree(storage, ignore_errors=True)
+
+
+def _trainer_class() -> Any:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    if _has_dashboard():
+        return TorchTrainer
+
+    class WithoutCleaner(TorchTrainer):  # type: ignore[misc]
+        """The cleaner asks the dashboard's API who is alive. Without one it only warns, every second."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    return WithoutCleaner
+
+
+def _has_dashboard() -> bool:
+    from ray._private import worker
+
+    node = worker._global_node  # no public way to ask; None inside a worker of the cluster
+    return node is None or bool(node.webui_url)
+
+
+def _result(job: Job, run: str, result_type: type[Result]) -> Result | TrainingFailed:
+    outcome = load_outcome(job.output, run)
+    assert outcome is not None, "every job is settled when its group ends"
+    if outcome.state == "done":
+        return result_type.model_validate(outcome.result)
+    return TrainingFailed(outcome.error, outcome.details)

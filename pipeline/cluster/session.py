@@ -1,0 +1,86 @@
+"""Ray, started when it is first needed and stopped by whoever started it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.config.scaling import ScalingConfig
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def ensure_ray(scaling: ScalingConfig, *, dashboard: bool = False) -> Iterator[None]:
+    """Be connected to a Ray inside the block.
+
+    A Ray that is already connected is used and left alone. `scaling.address`, or RAY_ADDRESS, which Ray sets inside a
+    submitted job, names a cluster to join. Otherwise a Ray of its own is started on this machine, bound to it, and
+    stopped at the end. `dashboard` is needed where trainings nest inside a search: without it Ray never frees the
+    resources of a stopped trial.
+
+    Raises ConnectionError when the named cluster does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _set_environment(scaling)
+    address = scaling.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _join(address)
+    else:
+        _start(scaling, dashboard)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_environment(scaling: ScalingConfig) -> None:
+    # Ray Train reads these in the driver and hands them on to its controller and workers.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(scaling.health_check_interval))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(scaling.start_timeout))
+    # Off: copies of every print, gauges that nobody reads, and a change of directory that breaks relative paths.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Zeroing CUDA_VISIBLE_DEVICES for tasks without a GPU will become Ray's default; asking for it silences the notice.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level="WARNING")
+    except (ConnectionError, RuntimeError) as error:
+        raise ConnectionError(
+            f"expected a Ray cluster at {address!r}, got {error}; check scaling.address, RAY_ADDRESS and RAY_AUTH_TOKEN"
+        ) from error
+
+
+def _start(scaling: ScalingConfig, dashboard: bool) -> None:
+    import ray
+
+    if others := _running_instances():
+        _log.warning(
+            "another Ray runs on this machine (%s) and competes for its CPUs; scaling.address=auto would use it",
+            ", ".join(sorted(others)),
+        )
+    ray.init(
+        address="local",
+        num_cpus=scaling.num_cpus,
+        object_store_memory=scaling.object_store_mb * 1_000_000,
+        include_dashboard=dashboard,
+        dashboard_host="127.0.0.1",
+        logging_level="WARNING",
+    )
+
+
+def _running_instances() -> set[str]:
+    from ray._private.services import find_gcs_addresses  # no public way to ask
+
+    return set(find_gcs_addresses())
