@@ -4,26 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipeline.config.base import Eps, PixelStep, Section
+from pipeline.config.base import Section
+from pipeline.config.training import ThreatConfig
 
 Objective = Literal["robust", "clean"]
-
-
-class ValidationAttack(Section):
-    """The fixed adversary that every trial is judged by, on the validation split: never the one it trained against."""
-
-    norm: Literal["linf", "l2"] = "linf"
-    """Norm of the perturbation."""
-    eps: Eps = 8 / 255
-    """Radius in pixel units; accepts "8/255"."""
-    steps: PositiveInt = 10
-    """PGD steps."""
-    step_size: PixelStep | None = None
-    """Length of a step in pixel units; unset: 2.5 eps / steps."""
-    num_examples: PositiveInt = 512
-    """Only the first so many validation images."""
-    batch_size: PositiveInt = 256
-    """Images attacked together."""
 
 
 class SearchConfig(Section):
@@ -40,11 +24,11 @@ class SearchConfig(Section):
     grid_points: Annotated[int, Field(ge=2, le=100)] = 3
     """Points that a grid takes along every continuous parameter, both ends among them."""
     scheduler: Literal["none", "asha", "pbt"] = "asha"
-    """none; asha stops weak trials early (arXiv 1810.05934); pbt lets weak trials copy strong ones and perturbs them."""
+    """none; asha stops weak trials early (arXiv 1810.05934); pbt lets weak ones copy strong ones (arXiv 1711.09846)."""
     objectives: tuple[Objective, ...] = ("robust",)
     """Accuracies to maximise, the first one chooses the best trial. ("robust", "clean") gives a Pareto front."""
-    judge: ValidationAttack = ValidationAttack()
-    """The fixed adversary behind "robust"."""
+    threat: ThreatConfig | None = None
+    """What every trial is validated against, whatever it trained against. None: evaluation.threat."""
     epochs: PositiveInt | None = None
     """Epochs of one trial. None: training.epochs."""
     grace_epochs: PositiveInt = 1
@@ -72,8 +56,8 @@ class SearchConfig(Section):
             )
         if self.scheduler == "pbt" and self.algorithm != "random":
             raise ValueError(
-                f"search.scheduler='pbt' changes values while it runs, which search.algorithm={self.algorithm!r} cannot "
-                "follow; set search.algorithm=random"
+                f"search.scheduler='pbt' changes values while it runs, which search.algorithm={self.algorithm!r} "
+                "cannot follow; set search.algorithm=random"
             )
         if self.epochs is not None and self.grace_epochs > self.epochs:
             raise ValueError(

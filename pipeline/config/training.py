@@ -225,6 +225,8 @@ class SelectionConfig(Section):
     """Accuracy to maximise; unset: robust, or clean for standard training."""
     attack: AttackConfig = AttackConfig(steps=10)
     """The fixed evaluation attack, at the threat's full eps."""
+    threat: ThreatConfig | None = None
+    """What the evaluation attack may do; unset: as training.threat. A search sets it, so that trials can be compared."""
     every: int = Field(default=1, ge=1)
     """Validate every so many epochs (the last one always)."""
     max_samples: int | None = Field(default=None, ge=1)
@@ -290,6 +292,11 @@ class TrainingConfig(Section):
     """Checkpoints to resume from."""
     loader: Literal["auto", "ffcv", "memory"] = "auto"
     """Which reader feeds the training; auto: FFCV where it is installed."""
+
+    @property
+    def selection_threat(self) -> ThreatConfig:
+        """The perturbations that validation attacks with."""
+        return self.selection.threat or self.threat
 
     @property
     def metric(self) -> Literal["robust", "clean"]:
