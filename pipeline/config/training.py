@@ -226,7 +226,7 @@ class SelectionConfig(Section):
     attack: AttackConfig = AttackConfig(steps=10)
     """The fixed evaluation attack, at the threat's full eps."""
     threat: ThreatConfig | None = None
-    """What the evaluation attack may do; unset: as training.threat. A search sets it, so that trials can be compared."""
+    """What the evaluation attack may do; unset: training.threat. A search sets it, so that its trials compare."""
     every: int = Field(default=1, ge=1)
     """Validate every so many epochs (the last one always)."""
     max_samples: int | None = Field(default=None, ge=1)
