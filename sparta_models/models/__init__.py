@@ -7,8 +7,11 @@ from typing import Any
 from torch import nn
 
 from sparta_models.models.common import Normalize
+from sparta_models.models.mobilenet import MobileNetV2
+from sparta_models.models.preact import PreActResNet
 from sparta_models.models.resnet import BasicBlock, Bottleneck, ResNet
 from sparta_models.models.resnet_cifar import CifarResNet
+from sparta_models.models.vgg import VGG
 from sparta_models.sites import ActivationSpec, install
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -20,6 +23,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "preactresnet18": partial(PreActResNet, (2, 2, 2, 2), widen=1, width=64),
+    "wideresnet28_10": partial(PreActResNet, (4, 4, 4), widen=10, width=16),
+    "wideresnet34_10": partial(PreActResNet, (5, 5, 5), widen=10, width=16),
+    "vgg16_bn": VGG,
+    "mobilenet_v2": MobileNetV2,
 }
 """Name -> constructor of a network with empty sites."""
 
@@ -44,7 +52,8 @@ def build_model(
         in_channels: channels of the images.
         mean: per channel, in pixel units of [0, 1]; the first layer subtracts it. None for zeros.
         std: likewise; the first layer divides by it. None for ones.
-        **kwargs: the network's own options: `width` (channels of the first stage), `stem` ("cifar" or "imagenet").
+        **kwargs: the network's own options: `width` (channels of the first convolution; `width_mult` for MobileNetV2),
+            `stem` ("cifar" or "imagenet"; ResNet-18 / 34 / 50, VGG, MobileNetV2), `widen` (WideResNets).
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
