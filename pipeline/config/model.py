@@ -1,8 +1,8 @@
 """Which network, and which activation stands at its sites."""
 
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from pipeline.config.base import Section
 from sparta_models import ACTIVATIONS, MODELS, build_activation
@@ -15,13 +15,13 @@ class ActivationConfig(Section):
 
     name: str = "sparta"
     """A name in `sparta_models.ACTIVATIONS`."""
-    sharing: str = Field("site", pattern="^(site|stage|network)$")
+    sharing: Literal["site", "stage", "network"] = "site"
     """Who shares parameters: every site its own, one function per resolution stage, or one for the network."""
     options: dict[str, Option] = {}
     """Keyword arguments of the activation, e.g. kernel_size, beta, variant for "sparta"."""
 
     @model_validator(mode="after")
-    def _buildable(self) -> "ActivationConfig":
+    def _buildable(self) -> Self:
         if self.name not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
         try:
@@ -35,13 +35,11 @@ class ActivationConfig(Section):
         return {"name": self.name, "sharing": self.sharing, **self.options}
 
 
-class ModelConfig(Section):
+class ArchitectureConfig(Section):
     """A network of the zoo, by name, with the options of its constructor."""
 
     name: str = "resnet8"
     """A name in `sparta_models.MODELS`."""
-    activation: ActivationConfig = ActivationConfig()
-    """What stands at every activation site."""
     options: dict[str, Option] = {}
     """Keyword arguments of the model, e.g. width, stem."""
 
@@ -51,3 +49,10 @@ class ModelConfig(Section):
         if name not in MODELS:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
         return name
+
+
+class ModelConfig(ArchitectureConfig):
+    """An architecture together with the activation at its sites."""
+
+    activation: ActivationConfig = ActivationConfig()
+    """What stands at every activation site."""

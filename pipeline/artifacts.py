@@ -1,0 +1,137 @@
+"""What a stage leaves behind: a record with its fingerprint and the digests of its files, and how both are checked.
+
+    fingerprint = sha256(stage, version, its config sections, output digests of its upstream)     known before it runs
+    output digest = sha256 over (name, sha256) of its output files                               known after
+
+Paths, hosts and times enter neither, so the same work has the same names everywhere.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+RECORD = "artifact.json"
+_CHUNK = 1 << 20
+# Above this a file is verified by its size and by blocks spread over it: hashing an ImageNet on every start is too slow.
+_FULL_HASH_LIMIT = 1 << 28
+_SAMPLED_BLOCKS = 64
+
+
+class FileDigest(BaseModel):
+    """Size in bytes and digest of one output file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    sha256: str
+
+
+class StageRecord(BaseModel):
+    """The artifact of a finished stage, stored as `artifact.json` in its directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    branch: str
+    fingerprint: str
+    inputs: dict[str, Any]
+    payload: dict[str, Any]
+    outputs: dict[str, FileDigest]
+    output_digest: str
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """Hex sha256 of everything that a stage's result depends on."""
+    return hashlib.sha256(canonical(inputs).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Digest of a file; of a file above 256 MiB, of its size and 64 blocks spread evenly over it."""
+    size = path.stat().st_size
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _FULL_HASH_LIMIT:
+            while chunk := file.read(_CHUNK):
+                state.update(chunk)
+        else:
+            state.update(str(size).encode())
+            for block in range(_SAMPLED_BLOCKS):
+                file.seek(block * (size - _CHUNK) // (_SAMPLED_BLOCKS - 1))
+                state.update(file.read(_CHUNK))
+    return FileDigest(size=size, sha256=state.hexdigest())
+
+
+def digest_outputs(directory: Path, names: Iterable[str]) -> dict[str, FileDigest]:
+    """Digests of the named files under `directory`; the file must be there."""
+    return {name: digest_file(directory / name) for name in sorted(names)}
+
+
+def output_digest(outputs: Mapping[str, FileDigest]) -> str:
+    """One digest for all output files."""
+    return fingerprint({name: digest.sha256 for name, digest in outputs.items()})
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to a temporary file beside `path`, flush it to disk and rename it: readers see all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_record(directory: Path, record: StageRecord) -> None:
+    """Store `record`; from this rename on the stage counts as done."""
+    write_atomic(directory / RECORD, record.model_dump_json(indent=1))
+
+
+def load_record(directory: Path) -> StageRecord | None:
+    """The record of a finished stage, or None where there is none or it cannot be read."""
+    try:
+        return StageRecord.model_validate_json((directory / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
+
+
+def damaged_output(directory: Path, record: StageRecord) -> str | None:
+    """What is wrong with the outputs of `record`, in words, or None when every file is as it was written."""
+    for name, expected in record.outputs.items():
+        path = directory / name
+        if not path.is_file():
+            return f"output {name} is missing"
+        if path.stat().st_size != expected.size:
+            return f"output {name} has {path.stat().st_size} bytes, expected {expected.size}"
+        if digest_file(path) != expected:
+            return f"output {name} was altered"
+    return None
+
+
+def changed_inputs(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of what differs between two sets of inputs, each with both values: "training.epochs 8 -> 10"."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = sorted(set(old) | set(new))
+        nested = (changed_inputs(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name) for name in names)
+        return [change for changes in nested for change in changes]
+    return [] if old == new else [f"{prefix} {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else canonical(value)
+    return text if len(text) <= 24 else text[:10] + "..."

@@ -1,0 +1,75 @@
+"""The whole configuration of a chain: one section per concern, and the rules between them."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Section
+from pipeline.config.data import AugmentConfig, DataConfig
+from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
+from pipeline.config.report import ReportConfig
+from pipeline.config.scaling import ScalingConfig
+from pipeline.config.search import SearchConfig
+from pipeline.config.tracking import TrackingConfig
+from pipeline.config.training import TrainingConfig
+
+_SLUG = "^[a-z0-9][a-z0-9._-]{0,47}$"
+
+
+class TransferTarget(Section):
+    """One place the frozen activation is taken to: another architecture, another data set, or both."""
+
+    name: str = Field(pattern=_SLUG)
+    """Names the branch, its runs and its row in the report."""
+    model: ArchitectureConfig | None = None
+    """The target's architecture; None: the source's."""
+    data: DataConfig | None = None
+    """The target's data set; None: the source's."""
+    augment: AugmentConfig | None = None
+    """The target's augmentation; None: the source's."""
+    training: TrainingConfig | None = None
+    """The target's training; None: the source's."""
+    adapt: str | None = None
+    """How the activation's parameters are fitted to other channel widths; None: a difference is an error."""
+
+
+class ChainConfig(Section):
+    """Everything that `python -m pipeline.run` needs; each field is a section of the YAML file."""
+
+    name: str = Field("demo", pattern=_SLUG)
+    """Names the chain: its folder under the run root, and its MLflow run."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, data order, augmentation and attacks."""
+    data: DataConfig = DataConfig()
+    """The source data set."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of the training images."""
+    model: ModelConfig = ModelConfig()
+    """The source network and the activation that is trained in it."""
+    control: ActivationConfig = ActivationConfig(name="relu")
+    """The activation that every result is shown beside, trained with the same budget."""
+    training: TrainingConfig = TrainingConfig()
+    """Adversarial training of the source, and of the targets that do not bring their own."""
+    transfer: tuple[TransferTarget, ...] = ()
+    """Where the frozen activation is taken to."""
+    search: SearchConfig = SearchConfig()
+    """Hyperparameter search before the training; off by default."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Threat model, attacks and audit."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Ray workers. Not part of any result's identity."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow. Not part of any result's identity."""
+    report: ReportConfig = ReportConfig()
+    """What the report shows."""
+
+    @model_validator(mode="after")
+    def _unique_targets(self) -> Self:
+        names = [target.name for target in self.transfer]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected transfer targets with different names, got {', '.join(twice)} twice; rename one")
+        if "source" in names:
+            raise ValueError('expected transfer target names other than "source", which names the source; rename it')
+        return self

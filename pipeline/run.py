@@ -1,0 +1,119 @@
+"""The one command line: `python -m pipeline.run [CONFIG] [key.path=value ...] [--from S] [--until S] [--only S] [--force S] [--dry-run]`.
+
+CONFIG is a preset's name or a YAML file; without it the embedded demo runs. Exit codes: 0 done, 1 a stage failed,
+2 bad configuration, 3 the cluster cannot satisfy the request, 130 interrupted, 143 terminated.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pipeline.chain import Action, Chain, OutputLocked
+from pipeline.cluster import ClusterTooSmall
+from pipeline.config.chain import ChainConfig
+from pipeline.config.load import ConfigError, load_config, preset_names
+from pipeline.stages.graph import STAGES, head, tail, tuned
+from pipeline.stages.services import Services
+from pipeline.stages.summary import closing_lines
+
+DONE, STAGE_FAILED, BAD_CONFIG, CLUSTER_TOO_SMALL, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; a BaseException, so that no stage takes it for a failure of its own."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = _parse(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run(load_config(options.config, options.overrides), options)
+    except (ConfigError, OutputLocked) as error:
+        return _fail(error, BAD_CONFIG)
+    except ClusterTooSmall as error:
+        return _fail(error, CLUSTER_TOO_SMALL)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from here", INTERRUPTED)
+    except Terminated:
+        return _fail("terminated; the same command goes on from here", TERMINATED)
+
+
+def runs_root() -> Path:
+    """Where chains and the MLflow database live: SPARTA_RUNS, else ./runs; in a Ray job ~/sparta-runs.
+
+    A job's working directory is a copy that Ray deletes, so nothing that should last may be written there.
+    """
+    if explicit := os.environ.get("SPARTA_RUNS"):
+        return Path(explicit).expanduser().absolute()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return Path.home() / "sparta-runs"
+    return Path("runs").absolute()
+
+
+def _run(config: ChainConfig, options: argparse.Namespace) -> int:
+    root = runs_root()
+    first = STAGES.index(options.only or options.start or STAGES[0])
+    last = STAGES.index(options.only or options.until or STAGES[-1])
+    if first > last:
+        raise ConfigError(f"expected --from not after --until, got --from {STAGES[first]} --until {STAGES[last]}")
+    chain = Chain(root / config.name, force=options.force, only=STAGES[first : last + 1])
+    selected = STAGES[: last + 1]
+    if options.dry_run:
+        decisions = chain.plan(node for node in head(config) if node.stage in selected)
+        config = tuned(config, chain.done)
+        decisions += chain.plan(node for node in tail(config) if node.stage in selected)
+        print("\n".join(decision.line() for decision in decisions))
+        return DONE
+    with Services(config, root) as services:
+        nodes = [node for node in [*head(config), *tail(config)] if node.stage in selected]
+        if any(decision.node.trains and decision.action is not Action.SKIP for decision in chain.plan(nodes)):
+            services.check_cluster()
+        chain = Chain(root / config.name, force=options.force, only=STAGES[first : last + 1])
+        chain.execute([node for node in head(config) if node.stage in selected], services)
+        config = tuned(config, chain.done)
+        chain.execute([node for node in tail(config) if node.stage in selected], services)
+        if chain.failed:
+            services.chain_run.fail()
+    print(closing_lines(config, chain, root))
+    return STAGE_FAILED if chain.failed else DONE
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.run",
+        description="Train, freeze, register, transfer, evaluate and report a spatially attentive activation.",
+        epilog=f"presets: {', '.join(preset_names())}. stages: {', '.join(STAGES)}. "
+        "Exit codes: 0 done, 1 a stage failed, 2 bad configuration, 3 the cluster cannot satisfy the request.",
+    )
+    parser.add_argument("config", nargs="?", help="preset name or YAML file (default: the embedded demo)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    parser.add_argument("--from", dest="start", choices=STAGES, help="first stage that may run; those before must be done")
+    parser.add_argument("--until", choices=STAGES, help="last stage that runs")
+    parser.add_argument("--only", choices=STAGES, help="the one stage that may run")
+    parser.add_argument("--force", action="append", default=[], choices=STAGES, help="run a stage though it is up to date")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and why, start nothing")
+    options = parser.parse_intermixed_args(arguments)
+    if options.config is not None and "=" in options.config:
+        options.config, options.overrides = None, [options.config, *options.overrides]
+    return options
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"sparta: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    sys.exit(main())

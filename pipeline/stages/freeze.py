@@ -1,0 +1,81 @@
+"""freeze: the trained activation leaves its network, is digested, and becomes a version in the registry."""
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.data import PreparedData
+from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+from pipeline.training import TrainedModel, load_model
+from sparta_models import ActivationBank
+
+BANK = "bank"
+
+
+class FrozenBank(BaseModel):
+    """Where the frozen activation is, by digest and by its pinned version in the registry."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directory: str
+    """Folder below the stage's directory."""
+    digest: str
+    """Digest of the activation's tensors and specification."""
+    reference: str | None
+    """NAME/VERSION in the registry; None while MLflow is away."""
+    alias: str
+    """Alias given at registration."""
+
+
+@dataclass(frozen=True)
+class FreezeTask:
+    """Which trained network gives its activation."""
+
+    model: str
+    """Key of the node that trained it."""
+    data: str
+    """Key of the node that prepared what it was trained on."""
+    threat: str
+    """The threat model it was trained against, in words."""
+
+
+def freeze_node(task: FreezeTask) -> Node[FreezeTask]:
+    """The node that freezes and registers the source's activation."""
+    return Node("freeze", "bank", task, {"threat": task.threat}, run_freeze, (task.model, task.data))
+
+
+def _freeze(context: StageContext[FreezeTask]) -> StageResult:
+    task = context.task
+    source = context.upstream[task.model]
+    trained = TrainedModel.model_validate(source.record.payload)
+    prepared = PreparedData.load(context.upstream[task.data].directory)
+    model = load_model(source.directory / "model")
+    facts = {
+        "dataset": prepared.name,
+        "data_sha256": prepared.digest,
+        "threat_model": task.threat,
+        "fingerprint": source.record.fingerprint,
+        "seed": str(source.record.inputs["sections"]["seed"]),
+    }
+    bank = ActivationBank.from_model(model, source=facts)
+    directory = bank.save(context.directory / BANK)
+    ActivationBank.load(directory)  # what was written is what will be read
+    tags = {
+        **facts,
+        "architecture": bank.architecture,
+        "activation": bank.spec.name,
+        "digest": bank.digest,
+        "val_clean": f"{trained.val_clean:.4f}",
+        "val_robust": f"{trained.val_robust:.4f}",
+    }
+    description = (
+        f"{bank.spec.name} activation of {bank.architecture}, adversarially trained on {prepared.name} "
+        f"({task.threat}); frozen, {len(bank.entries)} functions."
+    )
+    reference = context.run.register(directory, tags=tags, description=description, alias="candidate")
+    frozen = FrozenBank(directory=BANK, digest=bank.digest, reference=reference, alias="candidate")
+    files = sorted(f"{BANK}/{path.name}" for path in directory.iterdir())
+    return StageResult(frozen.model_dump(mode="json"), files)
+
+
+run_freeze = one_by_one(_freeze)

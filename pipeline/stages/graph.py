@@ -1,0 +1,102 @@
+"""The chain as a list of nodes, each after what it needs:
+
+    prepare:* -> [search] -> pretrain:source, pretrain:source-control -> freeze:bank
+              -> transfer:<target>, transfer:<target>-control ... -> evaluate:* -> report
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config.chain import ChainConfig, TransferTarget
+from pipeline.config.data import DataConfig
+from pipeline.config.load import overlay
+from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
+from pipeline.stages.evaluate import EvaluateTask, evaluate_node
+from pipeline.stages.freeze import FreezeTask, freeze_node
+from pipeline.stages.node import Finished, Node
+from pipeline.stages.prepare import PrepareTask, prepare_node
+from pipeline.stages.report import ReportedModel, ReportTask, report_node
+from pipeline.stages.search import SearchTask, TunedConfig, search_node
+from pipeline.stages.train import TrainTask, train_node
+
+STAGES = ("prepare", "search", "pretrain", "freeze", "transfer", "evaluate", "report")
+_SOURCE_DATA = "prepare:source"
+_SOURCE = "pretrain:source"
+_BANK = "freeze:bank"
+
+
+def head(config: ChainConfig) -> list[Node[Any]]:
+    """The nodes that do not depend on what a search finds."""
+    nodes: list[Node[Any]] = [
+        prepare_node(branch, PrepareTask(data, config.seed)) for branch, data in _datasets(config).items()
+    ]
+    if config.search.enabled:
+        nodes.append(search_node(SearchTask(config, _SOURCE_DATA)))
+    return nodes
+
+
+def tuned(config: ChainConfig, done: Mapping[str, Finished]) -> ChainConfig:
+    """The configuration of the stages after the search: the best trial's settings laid over it."""
+    finished = done.get("search:best")
+    if finished is None:
+        return config
+    return overlay(config, TunedConfig.model_validate(finished.record.payload).overrides)
+
+
+def tail(config: ChainConfig) -> list[Node[Any]]:
+    """The nodes after the search."""
+    trained = {label: (reported, node) for reported, node, label in _trainings(config)}
+    models = [reported for reported, _ in trained.values()]
+    trainings = [node for _, node in trained.values()]
+    freeze = freeze_node(FreezeTask(_SOURCE, _SOURCE_DATA, _threat(config)))
+    evaluations = [_evaluation(config, model) for model in models]
+    report = report_node(ReportTask(config.name, config.report, tuple(models), _BANK, config.search.enabled))
+    return [*trainings[:2], freeze, *trainings[2:], *evaluations, report]
+
+
+def _datasets(config: ChainConfig) -> dict[str, DataConfig]:
+    own = {target.name: target.data for target in config.transfer if target.data is not None}
+    return {"source": config.data, **own}
+
+
+def _trainings(config: ChainConfig) -> list[tuple[ReportedModel, Node[TrainTask], str]]:
+    source = TransferTarget(name="source")
+    found = []
+    for target in (source, *config.transfer):
+        for control in (False, True):
+            found.append(_training(config, target, control=control))
+    return found
+
+
+def _training(config: ChainConfig, target: TransferTarget, *, control: bool) -> tuple[ReportedModel, Node[TrainTask], str]:
+    is_source = target.name == "source"
+    stage = "pretrain" if is_source else "transfer"
+    frozen = not is_source and not control
+    branch = f"{target.name}-control" if control else target.name
+    task = TrainTask(
+        model=_model(target.model or config.model, config.control if control else config.model.activation),
+        augment=target.augment or config.augment,
+        training=target.training or config.training,
+        seed=config.seed,
+        data=f"prepare:{target.name}" if target.data is not None else _SOURCE_DATA,
+        bank=_BANK if frozen else None,
+        adapt=target.adapt if frozen else None,
+    )
+    node = train_node(stage, branch, task)
+    twin = f"{stage}:{target.name}" if control else f"{stage}:{target.name}-control"
+    role = "control" if control else "source" if is_source else "transfer"
+    return ReportedModel(branch, role, node.key, twin, task.data, f"evaluate:{branch}", task), node, node.key
+
+
+def _model(architecture: ArchitectureConfig, activation: ActivationConfig) -> ModelConfig:
+    return ModelConfig(name=architecture.name, options=architecture.options, activation=activation)
+
+
+def _evaluation(config: ChainConfig, model: ReportedModel) -> Node[EvaluateTask]:
+    task = EvaluateTask(model.trained, model.twin, model.data, config.evaluation, config.seed)
+    return evaluate_node(model.branch, task)
+
+
+def _threat(config: ChainConfig) -> str:
+    threat = config.training.threat
+    return f"{threat.norm} eps={threat.eps:.4g}, {config.training.method.kind}"

@@ -1,0 +1,87 @@
+"""What the chain is made of: a node is one stage applied to one branch (one data set, one model), a function of its inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from pipeline.artifacts import StageRecord
+from pipeline.stages.services import Services
+from pipeline.tracking import StageRun
+
+Task = TypeVar("Task")
+
+
+class StageResult(NamedTuple):
+    """What a stage makes of one task: facts for the stages after it, and the files (below its directory) that are its output."""
+
+    payload: dict[str, Any]
+    outputs: list[str]
+
+
+class Finished(NamedTuple):
+    """A finished upstream node: where its files are and what it recorded."""
+
+    directory: Path
+    record: StageRecord
+
+
+@dataclass(frozen=True)
+class StageContext(Generic[Task]):
+    """What a stage gets for one node."""
+
+    key: str
+    """The node's name in the chain."""
+    task: Task
+    """Its configuration."""
+    directory: Path
+    """Its own directory; what an interrupted run left there is still there."""
+    upstream: Mapping[str, Finished]
+    """The nodes named in `Node.needs`, finished."""
+    run: StageRun
+    """The MLflow run of this node."""
+    services: Services
+    """Ray and the registry, started when first asked for."""
+
+
+Runner = Callable[[Sequence[StageContext[Task]]], Sequence[StageResult | Exception]]
+"""Runs a stage for several nodes at once, and returns for each its result or why it failed."""
+
+
+@dataclass(frozen=True)
+class Node(Generic[Task]):
+    """One unit of the chain: done once, skipped while its inputs and outputs are unchanged."""
+
+    stage: str
+    branch: str
+    task: Task
+    sections: Mapping[str, Any]
+    """JSON values of exactly the settings that the result depends on."""
+    runner: Runner[Task]
+    """Neighbours with the same runner that are ready together are run together."""
+    needs: tuple[str, ...] = ()
+    version: int = 1
+    """Raised when the stage's code makes something else of the same inputs."""
+    trains: bool = False
+    """Whether it asks the cluster for the workers of `scaling`."""
+
+    @property
+    def key(self) -> str:
+        """Name in the chain, e.g. "transfer:digits59-sparta"."""
+        return f"{self.stage}:{self.branch}"
+
+
+def one_by_one(stage: Callable[[StageContext[Task]], StageResult]) -> Runner[Task]:
+    """A runner that calls `stage` for each node in turn."""
+
+    def run(contexts: Sequence[StageContext[Task]]) -> Sequence[StageResult | Exception]:
+        return [_outcome(stage, context) for context in contexts]
+
+    return run
+
+
+def _outcome(stage: Callable[[StageContext[Task]], StageResult], context: StageContext[Task]) -> StageResult | Exception:
+    try:
+        return stage(context)
+    except Exception as error:  # the failure of one branch is its result; the chain reports it
+        return error

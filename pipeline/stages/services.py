@@ -1,0 +1,82 @@
+"""What stages share while a chain runs: the MLflow runs, the registry and Ray, each started when first asked for."""
+
+import os
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.artifacts import canonical, write_atomic
+from pipeline.cluster import ensure_ray, preflight
+from pipeline.config.chain import ChainConfig
+from pipeline.tracking import Registry, StageRun, Tracker
+
+
+class Services:
+    """A context manager around one execution of a chain whose files lie in `root`/<name>."""
+
+    def __init__(self, config: ChainConfig, root: Path) -> None:
+        self.config = config
+        self.output = root / config.name
+        # The database is shared by all chains of a root, so that they can be compared; the spool is this chain's own.
+        tracking = config.tracking.model_copy(update={"uri": config.tracking.resolved_uri(root)})
+        self.tracker = Tracker(tracking, self.output)
+        self.registry = Registry(tracking, self.output)
+        self._stack = ExitStack()
+        self._has_ray = False
+        params: dict[str, Any] = config.model_dump(mode="json", exclude={"tracking", "scaling", "transfer"})
+        self.chain_run = self.tracker.chain(config.name, params=params)
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self.chain_run)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._stack.__exit__(kind, error, trace)
+
+    def stage_run(
+        self, key: str, fingerprint: str, sections: dict[str, Any], needs: Sequence[str]
+    ) -> StageRun:
+        """The MLflow run of a node, to be entered with `with`."""
+        tags = {"stage": key.partition(":")[0], "branch": key.partition(":")[2], "fingerprint": fingerprint}
+        return self.chain_run.stage(key, params=sections, tags=tags, upstream=tuple(needs))
+
+    def ray(self) -> None:
+        """Be connected to Ray from here to the end of the chain, so that all stages share one start.
+
+        Raises:
+            ClusterTooSmall: when the cluster can never hold the workers of `scaling`.
+            ConnectionError: when a cluster was named and does not answer.
+        """
+        if not self._has_ray:
+            preflight(self.config.scaling)
+            self._stack.enter_context(ensure_ray(self.config.scaling, dashboard=self.config.search.enabled))
+            preflight(self.config.scaling)
+            self._has_ray = True
+
+    def check_cluster(self) -> None:
+        """Refuse an impossible request before anything is written; a Ray of our own is asked without being started.
+
+        Raises:
+            ClusterTooSmall: when the cluster can never hold the workers of `scaling`.
+            ConnectionError: when a cluster was named and does not answer.
+        """
+        if self.config.scaling.address or os.environ.get("RAY_ADDRESS"):
+            self.ray()
+        else:
+            preflight(self.config.scaling)
+
+    def log_failure(self, key: str, error: Exception) -> Path:
+        """Keep the traceback of a failed node in a file; people are shown one line that names it."""
+        path = self.output / "failures" / f"{key.replace(':', '-')}.txt"
+        details = getattr(error, "details", "") or "".join(traceback.format_exception(error))
+        write_atomic(path, details)
+        return path
+
+    def snapshot(self) -> None:
+        """Write the configuration in force beside the results."""
+        write_atomic(self.output / "config.json", canonical(self.config.model_dump(mode="json")) + "\n")

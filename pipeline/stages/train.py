@@ -1,0 +1,104 @@
+"""pretrain and transfer: networks trained in Ray Train workers, with a learnable activation or with a frozen one."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster import TrainingFailed, launch_many
+from pipeline.config.data import AugmentConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.training import TrainingConfig
+from pipeline.data import PreparedData
+from pipeline.stages.freeze import FrozenBank
+from pipeline.stages.node import Node, StageContext, StageResult
+from pipeline.training import TrainedModel, TrainJob
+
+_log = logging.getLogger(__name__)
+JOURNAL = "metrics.jsonl"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One network to train."""
+
+    model: ModelConfig
+    augment: AugmentConfig
+    training: TrainingConfig
+    seed: int
+    data: str
+    """Key of the node that prepared the data."""
+    bank: str | None = None
+    """Key of the node that froze the activation; None: the network's own activation is trained."""
+    adapt: str | None = None
+    """How the bank is fitted to other channel widths."""
+
+
+def train_node(stage: str, branch: str, task: TrainTask) -> Node[TrainTask]:
+    """The node that trains one network. How often checkpoints are written and what reads the data are not its identity."""
+    sections = {
+        "model": task.model.model_dump(mode="json"),
+        "augment": task.augment.model_dump(mode="json"),
+        "training": task.training.model_dump(mode="json", exclude={"checkpoint", "loader"}),
+        "seed": task.seed,
+        "adapt": task.adapt,
+    }
+    needs = (task.data,) if task.bank is None else (task.data, task.bank)
+    return Node(stage, branch, task, sections, run_training, needs, trains=True)
+
+
+def run_training(contexts: Sequence[StageContext[TrainTask]]) -> Sequence[StageResult | Exception]:
+    """Train all networks that are ready together, as many side by side as the cluster has room for."""
+    outcomes: dict[str, StageResult | Exception] = {}
+    jobs: dict[str, TrainJob] = {}
+    for context in contexts:
+        try:
+            jobs[context.key] = _job(context)
+        except (ValueError, OSError) as error:
+            outcomes[context.key] = error
+    results = launch_many(list(jobs.values()), contexts[0].services.config.scaling)
+    by_key = {context.key: context for context in contexts}
+    for key, result in zip(jobs, results, strict=True):
+        outcomes[key] = result if isinstance(result, TrainingFailed) else _result(by_key[key], result)
+    return [outcomes[context.key] for context in contexts]
+
+
+def _job(context: StageContext[TrainTask]) -> TrainJob:
+    task = context.task
+    prepared = PreparedData.load(context.upstream[task.data].directory)
+    context.run.dataset(prepared.name, prepared.digest, context="training")
+    context.run.mirror(context.directory / JOURNAL)
+    bank = None if task.bank is None else _bank(context, task.bank)
+    return TrainJob(
+        model=task.model,
+        data=context.upstream[task.data].directory,
+        augment=task.augment,
+        training=task.training,
+        seed=task.seed,
+        bank=None if bank is None else bank[0],
+        bank_digest=None if bank is None else bank[1].digest,
+        adapt=task.adapt,
+        output=context.directory,
+    )
+
+
+def _bank(context: StageContext[TrainTask], key: str) -> tuple[Path, FrozenBank]:
+    """Pull the activation from the registry, by the version that the freeze stage pinned."""
+    finished = context.upstream[key]
+    frozen = FrozenBank.model_validate(finished.record.payload)
+    if frozen.reference is None:
+        _log.warning("the activation is not in the registry yet (MLflow was away); %s uses the local files", context.key)
+        return finished.directory / frozen.directory, frozen
+    pulled = context.directory / "bank"
+    context.services.registry.pull(frozen.reference, pulled)
+    context.run.tag({"activation": frozen.reference, "activation_digest": frozen.digest})
+    return pulled, frozen
+
+
+def _result(context: StageContext[TrainTask], trained: TrainedModel) -> StageResult:
+    payload: dict[str, Any] = json.loads(trained.model_dump_json())
+    files = sorted(str(path.relative_to(context.directory)) for path in (context.directory / MODEL).iterdir())
+    return StageResult(payload, files)
