@@ -1,0 +1,55 @@
+"""Where runs are mirrored to and under which names. It changes no result, so it is in no fingerprint."""
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from pipeline.config.base import Section
+
+
+class TrackingConfig(Section):
+    """The MLflow mirror of the local files, and the registry of the activations."""
+
+    enabled: bool = True
+    """Deliver to MLflow in the background. When false all is kept locally, for `python -m pipeline.tracking sync`."""
+    uri: str | None = None
+    """Server or database, e.g. "http://127.0.0.1:5000". None: MLFLOW_TRACKING_URI, else SQLite in the run root."""
+    experiment: str = Field("sparta", min_length=1, max_length=200)
+    """MLflow experiment that the runs belong to."""
+    registry_model: str = Field("sparta-activation", pattern=r"^[^/:@\s]{1,200}$")
+    """Registered model whose versions are the frozen activations."""
+    flush_seconds: float = Field(2.0, gt=0, le=600)
+    """Pause between two deliveries in the background."""
+    close_seconds: float = Field(20.0, ge=0, le=600)
+    """How long the end of a chain, or a registration, waits for the delivery before leaving it to `sync`."""
+    request_timeout: int = Field(5, ge=1, le=600)
+    """Seconds one HTTP request may take; there is one retry, because the journal replays what was missed."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is None:
+            return None
+        if not re.match(r"^(sqlite|https?|postgresql(\+\w+)?|mysql(\+\w+)?)://", uri):
+            raise ValueError(
+                "expected a tracking uri that starts with sqlite:///, http(s)://, postgresql:// or mysql://, "
+                f"got {redact(uri)!r}"
+            )
+        if urlsplit(uri).password:
+            raise ValueError(
+                f"expected a uri without a password, got {redact(uri)!r}; set MLFLOW_TRACKING_URI instead, "
+                "or for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
+
+    def resolved_uri(self, root: Path) -> str:
+        """The uri in use: this section's, else MLFLOW_TRACKING_URI, else `root`/mlflow.db."""
+        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.absolute()}/mlflow.db"
+
+
+def redact(text: str) -> str:
+    """Replace the user and password of every URL in `text` by "***"."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)

@@ -1,0 +1,17 @@
+"""Runs, metrics and activations in MLflow: the only package that imports mlflow, and not before it is needed."""
+
+from pipeline.tracking.journal import Entry, Journal, read_history, read_journal
+from pipeline.tracking.registry import Activation, Registry
+from pipeline.tracking.tracker import ChainRun, StageRun, Tracker
+
+__all__ = [
+    "Activation",
+    "ChainRun",
+    "Entry",
+    "Journal",
+    "Registry",
+    "StageRun",
+    "Tracker",
+    "read_history",
+    "read_journal",
+]

@@ -1,0 +1,55 @@
+"""The files of an activation bank on their way into the registry and out of it: data only, and named by their digests.
+
+A bank directory holds safetensors and JSON. Nothing that can carry code is let in or out: no pickle, no link, no
+sub-directory, no name that leads out of the directory.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+SUFFIXES = (".safetensors", ".json")
+MLMODEL = "MLmodel"
+_MAX_FILES = 64
+
+
+def manifest(directory: Path) -> dict[str, str]:
+    """Name -> sha256 of every file of a bank directory.
+
+    Raises ValueError when it is no directory, holds no safetensors file, or holds anything besides plain
+    .safetensors and .json files.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(
+            f"expected a bank directory, got {str(directory)!r}; write one with ActivationBank.save(directory)"
+        )
+    files = sorted(path for path in directory.iterdir() if path.name != MLMODEL)
+    for path in files:
+        if path.is_symlink() or not path.is_file() or path.suffix not in SUFFIXES:
+            raise ValueError(
+                f"expected only plain {' and '.join(SUFFIXES)} files in a bank directory, got {path.name!r}; remove it"
+            )
+    if not any(path.suffix == ".safetensors" for path in files) or len(files) > _MAX_FILES:
+        expected = f"1 to {_MAX_FILES} files with a .safetensors among them"
+        raise ValueError(f"expected {expected} in {str(directory)!r}, got {len(files)} files")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def combined_digest(files: dict[str, str]) -> str:
+    """One sha256 for a manifest: what a version is pinned by."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def bank_digest(directory: Path) -> str:
+    """Digest of a bank directory; see `manifest` for the errors."""
+    return combined_digest(manifest(directory))
+
+
+def verify(directory: Path, expected: str, origin: str) -> None:
+    """Raise ValueError unless `directory` holds exactly the bank with the digest `expected`."""
+    found = bank_digest(directory)
+    if found != expected:
+        raise ValueError(
+            f"expected the files of {origin} to have digest {expected}, got {found}; they were altered, do not use them"
+        )

@@ -1,0 +1,101 @@
+"""A client of MLflow that fails fast, and a database that is migrated once.
+
+MLflow's own defaults retry a dead server for minutes and let several processes migrate a fresh SQLite file together.
+"""
+
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_SQLITE = "sqlite:///"
+
+
+def open_client(uri: str, *, request_timeout: int = 5) -> "MlflowClient":
+    """Connect to a tracking server or database; a SQLite file is created and migrated under a lock.
+
+    Raises mlflow.exceptions.MlflowException, or OSError, when it cannot be reached.
+    """
+    _configure(request_timeout)
+    from mlflow import MlflowClient
+
+    path = sqlite_path(uri)
+    if path is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)  # the first query migrates
+        with sqlite3.connect(path) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+        connection.close()
+    return client
+
+
+def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
+    """The id of an experiment, made when it is new; with SQLite its artifacts lie beside the database."""
+    from mlflow.exceptions import MlflowException
+
+    path = sqlite_path(uri)
+    location = (path.parent / "mlartifacts").as_uri() if path else None
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another process was first
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise ValueError(
+            f"expected an active MLflow experiment {name!r}, got a deleted one; restore it or set tracking.experiment"
+        )
+    return str(experiment.experiment_id)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite uri, else None."""
+    return Path(unquote(uri[len(_SQLITE) :].split("?", maxsplit=1)[0])).absolute() if uri.startswith(_SQLITE) else None
+
+
+def _configure(request_timeout: int) -> None:
+    settings = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(request_timeout),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextmanager
+def default_store(uri: str) -> Iterator[None]:
+    """Make a database MLflow's default for the moment: it looks up models:/ sources there, whatever client asks."""
+    import mlflow
+
+    if uri.startswith("http"):
+        yield
+        return
+    environment = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # forgets it, and the environment variable with it
+        if environment is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = environment

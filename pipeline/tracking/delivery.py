@@ -1,0 +1,247 @@
+"""Bring MLflow up to what the spool holds. Every step may be repeated: a replay adds nothing.
+
+Metrics carry the time of their first logging, so that MLflow recognises a point it already has; a run is found again by
+its key; what was sent is noted after each step.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+from filelock import FileLock
+
+from pipeline.config.tracking import TrackingConfig
+from pipeline.tracking.client import experiment_id, open_client
+from pipeline.tracking.journal import read_journal
+from pipeline.tracking.registry import Registry
+from pipeline.tracking.spool import DatasetUse, Delivered, RunRecord, Spool, artifact_stamp
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
+
+_log = logging.getLogger(__name__)
+
+KEY_TAG = "sparta.key"
+_METRICS_PER_CALL = 1000
+_ENTRIES_PER_CALL = 100  # of params and of tags
+_PARAM_CHARS = 6000
+_TAG_CHARS = 8000
+_DATASET_DIGEST_CHARS = 36
+_ANSWERS = (
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "INVALID_STATE",
+    "RESOURCE_ALREADY_EXISTS",
+    "BAD_REQUEST",
+    "PERMISSION_DENIED",
+)
+_METRIC_CHARS = frozenset("_-. :/")
+
+T = TypeVar("T")
+
+
+class Delivery:
+    """Delivers a spool to one target; the connection is kept from pass to pass."""
+
+    def __init__(self, config: TrackingConfig, spool: Spool) -> None:
+        self.config = config
+        self.spool = spool
+        self.uri = config.resolved_uri(spool.root)
+        self.registry = Registry(config, spool.root)
+        self.client: MlflowClient | None = None
+        self._experiment = ""
+
+    def run(self) -> list[str]:
+        """Deliver what is pending; return what the server refused, one line each.
+
+        Raises what the connection raises when the server cannot be reached: whatever is left stays pending.
+        """
+        refused: list[str] = []
+        with FileLock(self.spool.directory / "delivery.lock"):
+            for record in self.spool.pending(self.uri):
+                refused += self._guarded(record)
+        return refused
+
+    def end_runs(self) -> None:
+        """Tell MLflow at once which runs have ended; where that fails, the deliveries in their order say it again."""
+        if self.client is None:
+            return
+        try:
+            for record in self.spool.pending(self.uri):
+                run_id = self.spool.delivered(self.uri, record.key).run_id
+                if run_id is not None and record.status != "RUNNING":
+                    self.client.set_terminated(run_id, status=record.status, end_time=record.ended)
+        except Exception:
+            _log.debug("the ends of the runs are left to the next delivery", exc_info=True)
+
+    def _guarded(self, record: RunRecord) -> list[str]:
+        self._connect()
+        from mlflow.exceptions import MlflowException
+
+        try:
+            try:
+                self._deliver(record)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                # The database was emptied, or is another one by now: the local files fill it anew.
+                self.spool.save_delivered(self.uri, record.key, Delivered())
+                self._deliver(record)
+        except MlflowException as error:
+            if error.error_code not in _ANSWERS:
+                raise
+            return [f"{record.name}: {error.message}"]
+        except ValueError as error:
+            return [f"{record.name}: {error}"]
+        return []
+
+    def _connect(self) -> None:
+        if self.client is None:
+            client = open_client(self.uri, request_timeout=self.config.request_timeout)
+            self._experiment = experiment_id(client, self.uri, self.config.experiment)
+            self.client = client
+
+    def _deliver(self, record: RunRecord) -> None:
+        done = self.spool.delivered(self.uri, record.key)
+        steps: Sequence[Callable[[RunRecord, Delivered], Delivered]] = (
+            self._run,
+            self._params_and_tags,
+            self._metrics,
+            self._datasets,
+            self._artifacts,
+            self._registrations,
+            self._status,
+        )
+        for step in steps:
+            after = step(record, done)
+            if after != done:
+                self.spool.save_delivered(self.uri, record.key, after)
+            done = after
+
+    @property
+    def _mlflow(self) -> "MlflowClient":
+        assert self.client is not None
+        return self.client
+
+    def _run(self, record: RunRecord, done: Delivered) -> Delivered:
+        if done.run_id is not None:
+            return done
+        found = self._mlflow.search_runs([self._experiment], f"tags.`{KEY_TAG}` = '{record.key}'", max_results=1)
+        if found:  # created before a crash that kept it from being noted
+            return done.model_copy(update={"run_id": found[0].info.run_id})
+        tags = {KEY_TAG: record.key}
+        parent = self.spool.delivered(self.uri, record.parent).run_id if record.parent else None
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
+        run = self._mlflow.create_run(self._experiment, start_time=record.started, tags=tags, run_name=record.name)
+        return done.model_copy(update={"run_id": run.info.run_id})
+
+    def _params_and_tags(self, record: RunRecord, done: Delivered) -> Delivered:
+        from mlflow.entities import Param, RunTag
+
+        if done.revision == record.revision:
+            return done
+        params = [Param(k, _cut(v, _PARAM_CHARS)) for k, v in record.params.items() if k not in done.params]
+        for params_chunk in _chunks(params, _ENTRIES_PER_CALL):
+            self._mlflow.log_batch(_id(done), params=params_chunk)
+        upstream = {name: self.spool.delivered(self.uri, key).run_id for name, key in record.upstream.items()}
+        tags = {**record.tags, **({"sparta.upstream": json.dumps(upstream)} if upstream else {})}
+        for tags_chunk in _chunks([RunTag(k, _cut(v, _TAG_CHARS)) for k, v in tags.items()], _ENTRIES_PER_CALL):
+            self._mlflow.log_batch(_id(done), tags=tags_chunk)
+        return done.model_copy(update={"params": tuple(record.params)})
+
+    def _metrics(self, record: RunRecord, done: Delivered) -> Delivered:
+        from mlflow.entities import Metric
+
+        offsets = dict(done.offsets)
+        for name in record.journals:
+            path = self.spool.root / name
+            start = offsets.get(name, 0)
+            if path.is_file() and path.stat().st_size < start:
+                start = 0
+            entries, offsets[name] = read_journal(path, start)
+            points = [
+                Metric(_metric_key(k), v, entry.time, entry.step) for entry in entries for k, v in entry.metrics.items()
+            ]
+            for chunk in _chunks(points, _METRICS_PER_CALL):
+                self._mlflow.log_batch(_id(done), metrics=chunk)
+        return done.model_copy(update={"offsets": offsets})
+
+    def _datasets(self, record: RunRecord, done: Delivered) -> Delivered:
+        fresh = [use for use in record.datasets if f"{use.digest}:{use.context}" not in done.datasets]
+        if fresh:
+            self._mlflow.log_inputs(_id(done), datasets=[_dataset_input(use) for use in fresh])
+            for use in fresh:
+                self._mlflow.set_tag(_id(done), f"sparta.data.{use.context}", f"{use.name} sha256:{use.digest}")
+        return done.model_copy(update={"datasets": (*done.datasets, *(f"{use.digest}:{use.context}" for use in fresh))})
+
+    def _artifacts(self, record: RunRecord, done: Delivered) -> Delivered:
+        stamps = dict(done.stamps)
+        for artifact in record.artifacts:
+            path = self.spool.root / artifact.path
+            stamp = artifact_stamp(path)
+            if not stamp or stamp == stamps.get(artifact.path):
+                continue
+            if path.is_dir():
+                self._mlflow.log_artifacts(_id(done), str(path), "/".join(filter(None, (artifact.folder, path.name))))
+            else:
+                self._mlflow.log_artifact(_id(done), str(path), artifact.folder or None)
+            stamps[artifact.path] = stamp
+        return done.model_copy(update={"stamps": stamps})
+
+    def _registrations(self, record: RunRecord, done: Delivered) -> Delivered:
+        versions = dict(done.versions)
+        for wanted in record.registrations:
+            if wanted.digest not in versions:
+                directory = self.spool.root / wanted.directory
+                version = self.registry.register(
+                    directory, _id(done), tags=wanted.tags, description=wanted.description, alias=wanted.alias
+                )
+                versions[wanted.digest] = version.version
+        return done.model_copy(update={"versions": versions})
+
+    def _status(self, record: RunRecord, done: Delivered) -> Delivered:
+        if done.revision == record.revision:
+            return done
+        if record.status == "RUNNING":
+            self._mlflow.update_run(_id(done), status="RUNNING")
+        else:
+            self._mlflow.set_terminated(_id(done), status=record.status, end_time=record.ended)
+        return done.model_copy(update={"revision": record.revision})
+
+
+def _id(done: Delivered) -> str:
+    assert done.run_id is not None
+    return done.run_id
+
+
+def _dataset_input(use: DatasetUse) -> "DatasetInput":
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=use.name,
+        digest=use.digest[:_DATASET_DIGEST_CHARS],
+        source_type="local",
+        source=json.dumps({"uri": use.source}),
+        profile=json.dumps(use.profile) if use.profile else None,
+    )
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", use.context)])
+
+
+def _metric_key(key: str) -> str:
+    """MLflow takes letters, digits and _-. :/ in a metric's name."""
+    return "".join(c if c.isalnum() or c in _METRIC_CHARS else "_" for c in key)
+
+
+def _cut(value: str, limit: int) -> str:
+    """MLflow cuts in silence; ours is seen to be cut."""
+    return value if len(value) <= limit else value[: limit - 4] + " ..."
+
+
+def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(values)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

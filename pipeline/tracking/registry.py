@@ -1,0 +1,292 @@
+"""The registry of frozen activations: versions with an alias, checked by digest on the way in and on the way out.
+
+A version is a small MLflow model of our own flavour: the files of `ActivationBank.save` beside an MLmodel that lists
+their sha256. The digest is also a tag of the version, so that a store that swaps file and manifest together is noticed.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock
+
+from pipeline.config.tracking import TrackingConfig
+from pipeline.tracking import bank_files
+from pipeline.tracking.client import default_store, experiment_id, open_client, sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+FLAVOUR = "sparta_models"
+DIGEST_TAG = "sparta.digest"
+_ALIAS = re.compile(r"^(?!latest$|v\d+$)[A-Za-z][\w-]{0,99}$")
+_REFERENCE = re.compile(r"^(?P<name>[^/:@\s]+)(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))$")
+_SOURCE = re.compile(r"^models:/(m-[0-9a-f]{32})$")
+
+
+class Activation(NamedTuple):
+    """A version of the registered model, pinned by number and digest."""
+
+    name: str
+    version: int
+    digest: str
+    run_id: str | None
+    description: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+    @property
+    def reference(self) -> str:
+        """The immutable reference: NAME/VERSION."""
+        return f"{self.name}/{self.version}"
+
+
+class Registry:
+    """Versions of frozen activations in the MLflow registry; `root` is where the default database lies."""
+
+    def __init__(self, config: TrackingConfig, root: Path) -> None:
+        self.config = config
+        self.uri = config.resolved_uri(Path(root))
+        self._client: MlflowClient | None = None
+
+    @property
+    def client(self) -> "MlflowClient":
+        """The MLflow client, connected on first use."""
+        if self._client is None:
+            self._client = open_client(self.uri, request_timeout=self.config.request_timeout)
+        return self._client
+
+    def register(
+        self,
+        directory: Path,
+        run_id: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        description: str = "",
+        alias: str | None = "candidate",
+    ) -> Activation:
+        """Make a bank directory a new version; the same bank of the same run is registered once.
+
+        Raises ValueError for a directory that is no bank or a reserved alias, and MLflow's error when it is away.
+        """
+        _check_alias(alias)
+        files = bank_files.manifest(directory)
+        digest = bank_files.combined_digest(files)
+        with self._write_lock():
+            version = self._registered(digest, run_id)
+            if version is None:
+                model_id = self._log_model(Path(directory), files, digest, run_id)
+                version = self._create_version(model_id, run_id, {**(tags or {}), DIGEST_TAG: digest}, description)
+            if alias:
+                self.client.set_registered_model_alias(self.config.registry_model, alias, str(version))
+        return self.resolve(f"{self.config.registry_model}/{version}")
+
+    def resolve(self, reference: str) -> Activation:
+        """Look up NAME@ALIAS or NAME/VERSION. ValueError when it is malformed, unknown or not one of ours."""
+        from mlflow.exceptions import MlflowException
+
+        match = _REFERENCE.match(reference)
+        if match is None:
+            raise ValueError(
+                f"expected NAME@ALIAS or NAME/VERSION, got {reference!r}, e.g. {self.config.registry_model}@candidate"
+            )
+        try:
+            if match["alias"]:
+                found = self.client.get_model_version_by_alias(match["name"], match["alias"])
+            else:
+                found = self.client.get_model_version(match["name"], match["version"])
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise ValueError(
+                f"{reference!r} is not in the registry; known: {', '.join(self._known()) or 'nothing yet'}"
+            ) from error
+        return self._pinned(found)
+
+    def versions(self) -> list[Activation]:
+        """All versions of the configured model, newest first."""
+        found = self.client.search_model_versions(f"name = '{self.config.registry_model}'")
+        aliases = self._aliases()
+        pinned = [self._pinned(version, aliases.get(int(version.version), ())) for version in found]
+        return sorted(pinned, key=lambda activation: -activation.version)
+
+    def set_alias(self, reference: str, alias: str) -> None:
+        """Point an alias at a version."""
+        _check_alias(alias)
+        found = self.resolve(reference)
+        self.client.set_registered_model_alias(found.name, alias, str(found.version))
+
+    def set_tags(self, reference: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version; the digest tag cannot be changed."""
+        if DIGEST_TAG in tags:
+            raise ValueError(f"expected tags other than {DIGEST_TAG}, which pins the content of a version")
+        found = self.resolve(reference)
+        for key, value in tags.items():
+            self.client.set_model_version_tag(found.name, str(found.version), key, value)
+
+    def pull(self, reference: str, directory: Path) -> Activation:
+        """Put the files of a version into `directory`, all or nothing, and return the version, pinned.
+
+        A directory that already holds this version is left as it is. Raises ValueError when the files do not match the
+        digest of the version, when the version is not one of ours, or when `directory` holds something else.
+        """
+        found = self.resolve(reference)
+        directory = Path(directory)
+        if directory.exists():
+            bank_files.verify(directory, found.digest, found.reference)
+            return found
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".pull-") as scratch:
+            files = self._download(found, Path(scratch))
+            (files / bank_files.MLMODEL).unlink(missing_ok=True)
+            bank_files.verify(files, found.digest, found.reference)
+            files.replace(directory)
+        return found
+
+    def model_id(self, activation: Activation) -> str:
+        """MLflow's id of the logged model behind a version."""
+        version = self.client.get_model_version(activation.name, str(activation.version))
+        match = _SOURCE.match(version.source or "")
+        if match is None:
+            raise ValueError(
+                f"expected {activation.reference} to come from a logged model, got source {version.source!r}; "
+                "register it again"
+            )
+        return match[1]
+
+    def _download(self, activation: Activation, scratch: Path) -> Path:
+        from mlflow.artifacts import download_artifacts
+
+        model = self.client.get_logged_model(self.model_id(activation))
+        for entry in self.client.list_logged_model_artifacts(model.model_id):
+            if entry.is_dir or Path(entry.path).name != entry.path:
+                raise ValueError(
+                    f"expected plain file names in {activation.reference}, got {entry.path!r}; do not use this version"
+                )
+        (scratch / "files").mkdir()
+        return Path(
+            download_artifacts(
+                artifact_uri=model.artifact_location, dst_path=str(scratch / "files"), tracking_uri=self.uri
+            )
+        )
+
+    def _log_model(self, directory: Path, files: dict[str, str], digest: str, run_id: str | None) -> str:
+        from mlflow.entities import LoggedModelOutput
+
+        experiment = (
+            self.client.get_run(run_id).info.experiment_id
+            if run_id
+            else experiment_id(self.client, self.uri, self.config.experiment)
+        )
+        model = self.client.create_logged_model(
+            experiment,
+            name="activation-bank",
+            source_run_id=run_id,
+            tags={DIGEST_TAG: digest},
+            model_type="activation-bank",
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            for name in files:
+                shutil.copyfile(directory / name, Path(scratch) / name)
+            bank_files.verify(Path(scratch), digest, str(directory))
+            _mlmodel(model, files, digest, run_id).save(str(Path(scratch) / bank_files.MLMODEL))
+            self.client.log_model_artifacts(model.model_id, scratch)
+        self.client.finalize_logged_model(model.model_id, "READY")
+        if run_id:
+            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        return str(model.model_id)
+
+    def _create_version(self, model_id: str, run_id: str | None, tags: dict[str, str], description: str) -> int:
+        from mlflow.exceptions import MlflowException
+
+        name = self.config.registry_model
+        try:
+            self.client.create_registered_model(name, description="Frozen, transferable activations")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        with default_store(self.uri):
+            version = self.client.create_model_version(
+                name, source=f"models:/{model_id}", run_id=run_id, tags=tags, description=description, model_id=model_id
+            )
+        return int(version.version)
+
+    def _registered(self, digest: str, run_id: str | None) -> int | None:
+        if run_id is None:
+            return None
+        found = self.client.search_model_versions(f"name = '{self.config.registry_model}' and run_id = '{run_id}'")
+        return next((int(version.version) for version in found if version.tags.get(DIGEST_TAG) == digest), None)
+
+    def _pinned(self, version: "ModelVersion", aliases: tuple[str, ...] | None = None) -> Activation:
+        digest = version.tags.get(DIGEST_TAG)
+        if digest is None:
+            raise ValueError(
+                f"expected {version.name}/{version.version} to carry the tag {DIGEST_TAG}; "
+                "it was not registered by this pipeline"
+            )
+        return Activation(
+            name=version.name,
+            version=int(version.version),
+            digest=digest,
+            run_id=version.run_id or None,
+            description=version.description or "",
+            tags=dict(version.tags),
+            aliases=tuple(version.aliases) if aliases is None else aliases,
+        )
+
+    def _aliases(self) -> dict[int, tuple[str, ...]]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            model = self.client.get_registered_model(self.config.registry_model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return {}
+        grouped: dict[int, tuple[str, ...]] = {}
+        for alias, version in sorted(model.aliases.items()):
+            grouped[int(version)] = (*grouped.get(int(version), ()), alias)
+        return grouped
+
+    def _known(self) -> list[str]:
+        name = self.config.registry_model
+        return [f"{name}@{alias}" for aliases in self._aliases().values() for alias in aliases] + [
+            a.reference for a in self.versions()
+        ]
+
+    @contextmanager
+    def _write_lock(self) -> Iterator[None]:
+        # Versions are "highest + 1" in MLflow; several processes on one SQLite file would exhaust its three attempts.
+        path = sqlite_path(self.uri)
+        self.client  # noqa: B018  connects, and migrates, before the lock is taken
+        with FileLock(f"{path}.registry.lock") if path else nullcontext():
+            yield
+
+
+def _mlmodel(model: Any, files: dict[str, str], digest: str, run_id: str | None) -> Any:
+    import numpy as np
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    tensor = TensorSpec(np.dtype(np.float32), (-1, -1, -1, -1))
+    signature = ModelSignature(inputs=Schema([tensor]), outputs=Schema([tensor]))
+    record = Model(
+        artifact_path=model.artifact_location,
+        run_id=run_id,
+        model_uuid=model.model_id,
+        model_id=model.model_id,
+        signature=signature,
+    )
+    return record.add_flavor(FLAVOUR, format=1, digest=digest, files=files)
+
+
+def _check_alias(alias: str | None) -> None:
+    if alias is not None and not _ALIAS.match(alias):
+        raise ValueError(
+            f"expected an alias of letters, digits, - and _ that is neither latest nor v<number>, got {alias!r}"
+        )

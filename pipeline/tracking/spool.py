@@ -1,0 +1,200 @@
+"""What is to be mirrored, kept on disk before anything is sent, so that an outage or a kill loses nothing.
+
+`<root>/tracking/runs/<key>.json` describes a run: the intention, written by the chain.
+`<root>/tracking/delivered/<target>/<key>.json` says how much of it a tracking server has: written after each delivery.
+A run is pending while the two differ. Replaying is harmless, so a crash between sending and writing costs nothing.
+"""
+
+import hashlib
+import json
+import re
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.artifacts import write_atomic
+from pipeline.config.tracking import redact
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ArtifactFile(_Record):
+    """A local file or directory, and the folder of the run that it goes to."""
+
+    path: str
+    folder: str = ""
+
+
+class DatasetUse(_Record):
+    """A data set that a run read: its name, full digest, and what it was used for."""
+
+    name: str
+    digest: str
+    context: str
+    source: str = ""
+    profile: dict[str, str | int | float] = {}
+
+
+class Registration(_Record):
+    """A bank directory that is to become a version of the registered model."""
+
+    directory: str
+    digest: str
+    tags: dict[str, str] = {}
+    description: str = ""
+    alias: str | None = None
+
+
+class RunRecord(_Record):
+    """One run, as it shall stand in MLflow."""
+
+    key: str
+    name: str
+    parent: str | None = None
+    upstream: dict[str, str] = {}  # name of the stage -> key of its run
+    started: int
+    ended: int | None = None
+    status: Status = "RUNNING"
+    params: dict[str, str] = {}
+    tags: dict[str, str] = {}
+    journals: tuple[str, ...] = ()
+    artifacts: tuple[ArtifactFile, ...] = ()
+    datasets: tuple[DatasetUse, ...] = ()
+    registrations: tuple[Registration, ...] = ()
+
+    @property
+    def revision(self) -> str:
+        """Digest of the record, to see whether it changed since it was delivered."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class Delivered(_Record):
+    """How much of a run one target has."""
+
+    run_id: str | None = None
+    revision: str = ""
+    params: tuple[str, ...] = ()
+    offsets: dict[str, int] = {}  # journal -> bytes sent
+    stamps: dict[str, str] = {}  # artifact -> stamp of what was sent
+    datasets: tuple[str, ...] = ()
+    versions: dict[str, int] = {}  # digest of a bank -> version in the registry
+
+
+class Spool:
+    """The runs of one chain directory and what was delivered of them. Safe for several threads of one process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+        self.directory = self.root / "tracking"
+        self._lock = threading.RLock()
+
+    def records(self) -> list[RunRecord]:
+        """All runs, parents before children and older before newer."""
+        found = _load_all(self.directory / "runs", RunRecord)
+        return sorted(found, key=lambda record: (record.parent is not None, record.started, record.key))
+
+    def latest(self, name: str, *, parents: bool) -> RunRecord | None:
+        """The newest chain run (`parents`) or stage run called `name`."""
+        named = [r for r in self.records() if r.name == name and (r.parent is None) == parents]
+        return max(named, key=lambda record: record.started, default=None)
+
+    def save(self, record: RunRecord) -> RunRecord:
+        """Write a run's record."""
+        with self._lock:
+            write_atomic(self.directory / "runs" / f"{record.key}.json", record.model_dump_json(indent=1))
+        return record
+
+    def update(self, key: str, **changes: Any) -> RunRecord:
+        """Replace fields of a record; a callable value is applied to the old one."""
+        with self._lock:
+            old = self.load(key)
+            new = {name: value(getattr(old, name)) if callable(value) else value for name, value in changes.items()}
+            return self.save(old.model_copy(update=new))
+
+    def load(self, key: str) -> RunRecord:
+        """The record of a run; KeyError where there is none."""
+        path = self.directory / "runs" / f"{key}.json"
+        if not path.is_file():
+            raise KeyError(key)
+        return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+
+    def delivered(self, target: str, key: str) -> Delivered:
+        """What `target` (a tracking uri) has of a run."""
+        path = self._delivered_path(target, key)
+        try:
+            return Delivered.model_validate_json(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValidationError):
+            return Delivered()
+
+    def save_delivered(self, target: str, key: str, delivered: Delivered) -> None:
+        """Note what `target` has of a run."""
+        write_atomic(self._delivered_path(target, key), delivered.model_dump_json(indent=1))
+
+    def pending(self, target: str) -> list[RunRecord]:
+        """The runs of which `target` lacks something, found without asking it."""
+        return [r for r in self.records() if is_pending(r, self.delivered(target, r.key), self.root)]
+
+    def _delivered_path(self, target: str, key: str) -> Path:
+        return self.directory / "delivered" / target_name(target) / f"{key}.json"
+
+
+def new_key() -> str:
+    """The identity of a run, known before any server is asked."""
+    return uuid.uuid4().hex
+
+
+def target_name(uri: str) -> str:
+    """A directory name for a tracking uri, without its credentials."""
+    public = redact(uri)
+    label = re.sub(r"[^A-Za-z0-9.]+", "-", public.split("://")[-1])[-40:].strip("-")
+    return f"{label}-{hashlib.sha256(public.encode()).hexdigest()[:8]}"
+
+
+def is_pending(record: RunRecord, delivered: Delivered, root: Path) -> bool:
+    """Whether a record, a journal or an artifact holds something that was not delivered."""
+    return (
+        delivered.revision != record.revision
+        or any(
+            (root / path).stat().st_size > delivered.offsets.get(path, 0)
+            for path in record.journals
+            if (root / path).is_file()
+        )
+        or any(
+            stamp != delivered.stamps.get(a.path) for a in record.artifacts if (stamp := artifact_stamp(root / a.path))
+        )
+    )
+
+
+def artifact_stamp(path: Path) -> str:
+    """Size and modification time of a file, or of all files of a directory; empty when it does not exist."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    marks = [f"{file.relative_to(path.parent)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest() if marks else ""
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, str]:
+    """Nested settings as dotted names and text, credentials in URLs removed: {"a": {"b": 1}} -> {"a.b": "1"}."""
+    return {
+        name: redact(value if isinstance(value, str) else json.dumps(value, default=str))
+        for name, value in _leaves(values, "")
+    }
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _load_all(directory: Path, kind: type[RunRecord]) -> list[RunRecord]:
+    return [kind.model_validate_json(path.read_text(encoding="utf-8")) for path in directory.glob("[!.]*.json")]

@@ -1,0 +1,187 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipeline.config.tracking import TrackingConfig
+from pipeline.tracking import Journal, Tracker
+from pipeline.tracking.client import open_client
+
+
+def runs(root: Path) -> dict[str, Run]:
+    client = open_client(f"sqlite:///{root}/mlflow.db")
+    experiment = client.get_experiment_by_name("sparta")
+    assert experiment is not None
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def client_of(root: Path) -> MlflowClient:
+    return open_client(f"sqlite:///{root}/mlflow.db")
+
+
+def test_importing_and_an_idle_tracker_do_not_import_mlflow(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.tracking import Tracker, Registry;"
+        "from pipeline.config.tracking import TrackingConfig as C;"
+        f"t = Tracker(C(), Path({str(tmp_path)!r}));\n"
+        "with t.chain('demo', params={'a': 1}): pass\n"
+        "assert 'mlflow' not in sys.modules; assert not t.pending()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_chain_and_its_stages_stand_in_mlflow(root: Path, config: TrackingConfig):
+    output = root / "pretrain"
+    with Tracker(config, root).chain("demo", params={"seed": 1, "data": {"name": "digits"}}) as chain:
+        with chain.stage("prepare", tags={"fingerprint": "aa"}):
+            pass
+        with chain.stage("pretrain", params={"lr": 0.1}, tags={"fingerprint": "bb"}, upstream=("prepare",)) as stage:
+            stage.mirror(output / "metrics.jsonl")
+            stage.dataset("digits", "d" * 64, profile={"num_train": 100})
+            with Journal(output / "metrics.jsonl") as journal:
+                for step in range(30):
+                    journal.log({"train/loss": 1 / (step + 1), "odd@key=(1)": 1.0}, step)
+            stage.metrics({"seconds": 3.5})
+            (output / "model.json").write_text("{}", encoding="utf-8")
+            stage.artifact(output / "model.json", folder="model")
+    found = runs(root)
+    assert set(found) == {"demo", "prepare", "pretrain"}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert found["demo"].data.params == {"seed": "1", "data.name": "digits"}
+    run = found["pretrain"]
+    assert run.data.tags["mlflow.parentRunId"] == found["demo"].info.run_id
+    assert found["prepare"].info.run_id in run.data.tags["sparta.upstream"]
+    assert run.data.tags["fingerprint"] == "bb"
+    assert run.data.tags["sparta.data.training"].endswith("d" * 64)
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+    client = client_of(root)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted((m.step, m.value) for m in history) == [(step, 1 / (step + 1)) for step in range(30)]
+    assert run.data.metrics["odd_key__1_"] == 1.0
+    assert run.data.metrics["seconds"] == 3.5
+    assert [a.path for a in client.list_artifacts(run.info.run_id, "model")] == ["model/model.json"]
+
+
+def test_a_rerun_after_a_failure_goes_on_with_the_same_runs(root: Path, config: TrackingConfig):
+    def chain(steps: range, crash: bool) -> None:
+        with (
+            Tracker(config, root).chain("demo", params={"seed": 1}) as chain,
+            chain.stage("pretrain", params={"lr": 0.1}, tags={"fingerprint": "f"}) as stage,
+        ):
+            stage.mirror(root / "metrics.jsonl")
+            with Journal(root / "metrics.jsonl") as journal:
+                for step in steps:
+                    journal.log({"loss": step}, step)
+            if crash:
+                raise RuntimeError("a worker died")
+
+    with pytest.raises(RuntimeError, match="a worker died"):
+        chain(range(10), crash=True)
+    first = runs(root)
+    assert {run.info.status for run in first.values()} == {"FAILED"}
+    chain(range(5, 20), crash=False)
+    second = runs(root)
+    assert {n: r.info.run_id for n, r in first.items()} == {n: r.info.run_id for n, r in second.items()}
+    assert {run.info.status for run in second.values()} == {"FINISHED"}
+    history = client_of(root).get_metric_history(second["pretrain"].info.run_id, "loss")
+    assert sorted(m.step for m in history) == list(range(20))
+
+
+def test_changed_settings_begin_new_runs_and_leave_the_old_ones(root: Path, config: TrackingConfig):
+    for rate in (0.1, 0.2):
+        with (
+            Tracker(config, root).chain("demo", params={"lr": rate}) as chain,
+            chain.stage("pretrain", params={"lr": rate}, tags={"fingerprint": str(rate)}),
+        ):
+            pass
+    experiment = client_of(root).get_experiment_by_name("sparta")
+    assert experiment is not None
+    found = client_of(root).search_runs([experiment.experiment_id])
+    assert sorted((r.info.run_name, r.data.params["lr"]) for r in found) == [
+        ("demo", "0.1"),
+        ("demo", "0.2"),
+        ("pretrain", "0.1"),
+        ("pretrain", "0.2"),
+    ]
+
+
+def test_a_stage_done_again_from_the_start_is_a_new_run_with_its_own_metrics(root: Path, config: TrackingConfig):
+    for value in (1.0, 2.0):
+        (root / "metrics.jsonl").unlink(missing_ok=True)
+        with (
+            Tracker(config, root).chain("demo") as chain,
+            chain.stage("pretrain", tags={"fingerprint": "f"}) as stage,
+        ):
+            stage.mirror(root / "metrics.jsonl")
+            with Journal(root / "metrics.jsonl") as journal:
+                journal.log({"loss": value}, 0)
+            run_id = stage.run_id if chain.tracker.flush(30) else None
+            assert run_id is not None
+        assert [m.value for m in client_of(root).get_metric_history(run_id, "loss")] == [value]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")]
+)
+def test_the_way_a_chain_ends_is_its_status_within_three_seconds(
+    root: Path, config: TrackingConfig, error: type[BaseException], status: str
+):
+    tracker = Tracker(config, root)
+    with pytest.raises(error), tracker.chain("demo") as chain, chain.stage("pretrain"):  # noqa: PT012
+        assert tracker.flush(30)
+        ended = time.monotonic()
+        raise error
+    assert time.monotonic() - ended < 3
+    assert {run.info.status for run in runs(root).values()} == {status}
+
+
+def test_a_branch_that_failed_marks_the_chain_without_an_exception(root: Path, config: TrackingConfig):
+    with Tracker(config, root).chain("demo") as chain, chain.stage("evaluate"):
+        chain.fail()
+    found = runs(root)
+    assert (found["demo"].info.status, found["evaluate"].info.status) == ("FAILED", "FINISHED")
+
+
+def test_replaying_everything_adds_nothing(root: Path, config: TrackingConfig):
+    tracker = Tracker(config, root)
+    with tracker.chain("demo") as chain, chain.stage("pretrain") as stage:
+        for step in range(5):
+            stage.metrics({"loss": step}, step)
+        chain.tracker.flush(30)
+        run_id = stage.run_id
+    assert run_id is not None
+    for record in tracker.spool.records():  # the crash came before the deliveries were noted
+        tracker.spool._delivered_path(tracker.uri, record.key).unlink()
+    assert Tracker(config, root).pending() == 2
+    assert Tracker(config, root).delivery.run() == []
+    found = runs(root)
+    assert len(found) == 2
+    assert found["pretrain"].info.run_id == run_id
+    assert len(client_of(root).get_metric_history(run_id, "loss")) == 5
+
+
+def test_long_values_are_seen_to_be_cut_and_credentials_never_leave(root: Path, config: TrackingConfig):
+    params = {"long": "x" * 9000, "server": {"uri": "http://me:hunter2@host/path"}}
+    with Tracker(config, root).chain("demo", params=params) as chain:
+        chain.tag({"where": "postgresql://me:hunter2@host/db"})
+    run = runs(root)["demo"]
+    assert run.data.params["long"].endswith("x ...")
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.params["server.uri"] == "http://***@host/path"
+    assert "hunter2" not in "".join(p.read_text(errors="ignore") for p in (root / "tracking").rglob("*.json"))
+    assert b"hunter2" not in (root / "mlflow.db").read_bytes()
+
+
+def test_disabled_tracking_keeps_everything_for_later(root: Path, config: TrackingConfig):
+    off = config.model_copy(update={"enabled": False})
+    with Tracker(off, root).chain("demo") as chain, chain.stage("pretrain") as stage:
+        stage.metrics({"loss": 1.0})
+    tracker = Tracker(config, root)
+    assert tracker.pending() == 2
+    assert tracker.delivery.run() == []
+    assert runs(root)["pretrain"].data.metrics == {"loss": 1.0}
