@@ -90,3 +90,9 @@ def _same(own: Tensor, other: Tensor) -> bool:
 def per_channel(vector: Tensor) -> Tensor:
     """View (C,) as (1, C, 1, 1)."""
     return vector.view(1, -1, 1, 1)
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    """Refuse kernels without a centre."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"expected an odd kernel_size >= 1, got {kernel_size}")

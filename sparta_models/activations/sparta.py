@@ -7,14 +7,12 @@ dependent. The form of g is this project's own choice.
 Legend: x (B, C, H, W); g (B, C, H, W) or (B, 1, H, W); k the kernel size; beta the sharpness at the start.
 """
 
-from typing import Literal, get_args
-
 from torch import Tensor
 
-from sparta_models.activations.base import VARYING_DEPENDENT, Activation
+from sparta_models.activations.base import VARYING_DEPENDENT, Activation, check_kernel_size
 from sparta_models.activations.gates import GATES, Gate
 
-Variant = Literal["depthwise", "attention", "lowrank", "shared", "smoothmax"]
+VARIANTS = tuple(GATES)
 INITS = {"silu": 1.0, "relu": 10.0}
 
 
@@ -72,10 +70,9 @@ class Sparta(Activation):
 
 
 def _check(variant: str, kernel_size: int, dilation: int, beta: float, init: str) -> None:
-    if variant not in get_args(Variant):
-        raise ValueError(f"expected a variant among {', '.join(get_args(Variant))}, got {variant!r}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"expected an odd kernel_size >= 1, got {kernel_size}")
+    if variant not in VARIANTS:
+        raise ValueError(f"expected a variant among {', '.join(VARIANTS)}, got {variant!r}")
+    check_kernel_size(kernel_size)
     if dilation < 1:
         raise ValueError(f"expected dilation >= 1, got {dilation}")
     if beta <= 0:

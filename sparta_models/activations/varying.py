@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparta_models.activations.base import VARYING_DEPENDENT, VARYING_INDEPENDENT, Activation
+from sparta_models.activations.base import VARYING_DEPENDENT, VARYING_INDEPENDENT, Activation, check_kernel_size
 from sparta_models.activations.shared_dependent import Bottleneck
 
 
@@ -50,6 +50,7 @@ class FReLU(Activation):
 
     def __init__(self, num_channels: int, *, kernel_size: int = 3, batch_norm: bool = True) -> None:
         super().__init__(num_channels)
+        check_kernel_size(kernel_size)
         self.condition = nn.Conv2d(
             num_channels, num_channels, kernel_size, padding=kernel_size // 2, groups=num_channels, bias=not batch_norm
         )
@@ -101,6 +102,7 @@ class CbamReLU(Activation):
 
     def __init__(self, num_channels: int, *, reduction: int = 16, kernel_size: int = 7) -> None:
         super().__init__(num_channels)
+        check_kernel_size(kernel_size)
         self.channel = Bottleneck(num_channels, reduction, num_channels)
         self.spatial = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 

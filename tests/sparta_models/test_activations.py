@@ -1,0 +1,279 @@
+"""The whole registry: gradients, the 2 x 2 as properties, closed forms, extreme inputs, costs."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparta_models import ACTIVATIONS, build_activation
+from sparta_models.activations.sparta import VARIANTS
+
+CASES = [(name, {}) for name in ACTIVATIONS if name != "sparta"] + [("sparta", {"variant": v}) for v in VARIANTS]
+IDS = [options.get("variant", name) for name, options in CASES]
+over_registry = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+
+
+def perturbed(name, options, channels=4, dtype=torch.float64):
+    """An activation away from its starting point, where its parameters matter; statistics fixed."""
+    torch.manual_seed(0)
+    activation = build_activation(name, channels, **options).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in activation.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return activation
+
+
+def images(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@over_registry
+def test_gradients_agree_with_finite_differences(name, options):
+    activation = perturbed(name, options)
+    x = images(2, 4, 3, 5).requires_grad_()
+    names, parameters = zip(*activation.named_parameters(), strict=True) if activation.num_parameters() else ((), ())
+
+    def function(x, *values):
+        return torch.func.functional_call(activation, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *parameters), atol=1e-6)
+
+
+@over_registry
+def test_shared_rules_give_equal_outputs_for_equal_inputs_and_varying_ones_do_not(name, options):
+    activation = perturbed(name, options, channels=4)
+    x = images(2, 4, 5, 5)
+    equal = []
+    # Both signs: a rectifier hides what happens to one of them.
+    for value in (0.8, -0.8):
+        x[:, 0, 3, 1] = x[:, 0, 1, 2] = value
+        y = activation(x)
+        equal.append(torch.allclose(y[:, 0, 3, 1], y[:, 0, 1, 2], atol=1e-12))
+    assert all(equal) == (activation.cell.spatial == "shared")
+
+
+@over_registry
+def test_shared_rules_are_equivariant_to_permutations_of_positions(name, options):
+    activation = perturbed(name, options)
+    x = images(2, 4, 5, 5)
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(2))
+
+    def permute(t):
+        return t.flatten(2)[:, :, order].view_as(t)
+
+    equivariant = torch.allclose(activation(permute(x)), permute(activation(x)), atol=1e-12)
+    # ATAC's rule varies with the position through the other channels there, and knows nothing of neighbours.
+    assert equivariant == (activation.cell.spatial == "shared" or name == "atac")
+
+
+@over_registry
+def test_input_independent_rules_act_element_by_element_and_dependent_ones_do_not(name, options):
+    activation = perturbed(name, options)
+    x = images(1, 4, 5, 5)
+    elsewhere = []
+    # Each channel in turn and both signs: a bottleneck's rectifier may be blind to one of them.
+    for channel, step in itertools.product(range(4), (30.0, -30.0)):
+        moved = x.clone()
+        moved[0, channel, 2, 2] += step
+        changed = ((activation(moved) - activation(x)).abs() > 1e-12).squeeze(0)
+        changed[channel, 2, 2] = False
+        elsewhere.append(bool(changed.any()))
+    assert any(elsewhere) == (activation.cell.dependence == "dependent")
+
+
+@over_registry
+def test_images_of_a_batch_do_not_touch_each_other(name, options):
+    activation = perturbed(name, options)
+    x = images(3, 4, 5, 5)
+    torch.testing.assert_close(activation(x)[1:2], activation(x[1:2]), atol=1e-12, rtol=0)
+
+
+@over_registry
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e4, 1.0, 1e-30, 0.0])
+def test_values_and_gradients_are_finite_for_large_tiny_and_bf16_inputs(name, options, dtype, scale):
+    activation = perturbed(name, options, dtype=dtype)
+    x = (scale * images(2, 4, 6, 6)).to(dtype).requires_grad_()
+    y = activation(x)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in activation.parameters())
+
+
+@over_registry
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layout_changes_no_value_and_is_kept(name, options, layout):
+    activation = perturbed(name, options)
+    x = images(2, 4, 6, 5).contiguous(memory_format=layout)
+    y = activation(x)
+    torch.testing.assert_close(y, activation(x.contiguous()), atol=1e-12, rtol=1e-12)
+    assert y.is_contiguous(memory_format=layout)
+
+
+@over_registry
+def test_costs_are_those_of_the_parameters_and_grow_with_the_map(name, options):
+    activation = build_activation(name, 8, **options)
+    assert activation.num_parameters() == sum(p.numel() for p in activation.parameters())
+    small, large = activation.flops(8, 8), activation.flops(16, 16)
+    assert 8 * 64 <= small < large <= 4 * small
+
+
+@over_registry
+def test_every_activation_says_its_formula_paper_and_cell(name, options):
+    kind = ACTIVATIONS[name]
+    assert kind.formula
+    assert kind.paper
+    assert kind.cell.spatial in ("shared", "varying")
+    assert kind.cell.dependence in ("independent", "dependent")
+
+
+@over_registry
+def test_state_dict_round_trips(name, options):
+    source, target = perturbed(name, options), build_activation(name, 4, **options).double().eval()
+    target.load_state_dict(source.state_dict())
+    x = images(1, 4, 4, 4)
+    assert torch.equal(source(x), target(x))
+
+
+@over_registry
+def test_frozen_activations_keep_eval_mode_values_and_statistics(name, options):
+    activation = build_activation(name, 4, **options).freeze()
+    before = {k: v.clone() for k, v in activation.state_dict().items()}
+    activation.train()
+    activation(torch.randn(4, 4, 5, 5))
+    assert not any(module.training for module in activation.modules())
+    assert not any(p.requires_grad for p in activation.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in activation.state_dict().items())
+
+
+def test_all_four_cells_of_the_study_are_filled():
+    assert len({kind.cell for kind in ACTIVATIONS.values()}) == 4
+
+
+# Closed forms at x = 1 and x = -1, by hand.
+E, S1 = math.e, 1 / (1 + math.exp(-1))
+CLOSED = {
+    "relu": (1, 0),
+    "relu6": (1, 0),
+    "leaky_relu": (1, -0.01),
+    "prelu": (1, -0.25),
+    "elu": (1, 1 / E - 1),
+    "gelu": (0.5 * (1 + math.erf(0.5**0.5)), -0.5 * (1 + math.erf(-(0.5**0.5)))),
+    "silu": (S1, -(1 - S1)),
+    "swish": (S1, -(1 - S1)),
+    "softplus": (math.log(1 + E), math.log(1 + 1 / E)),
+    "mish": (math.tanh(math.log(1 + E)), -math.tanh(math.log(1 + 1 / E))),
+    "pssilu": (S1, -(1 - S1)),
+    "position_prelu": (1, -0.25),
+    "sparta": (S1, -(1 - S1)),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_closed_forms(name):
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64).view(1, 1, 1, 2)
+    y = build_activation(name, 1).double()(x).flatten()
+    torch.testing.assert_close(y, torch.tensor(CLOSED[name], dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_relu6_is_clipped():
+    assert build_activation("relu6", 1)(torch.full((1, 1, 1, 1), 9.0)).item() == 6
+
+
+def test_pssilu_with_a_shift_is_its_formula():
+    x = images(1, 2, 3, 3)
+    y = build_activation("pssilu", 2, alpha=2.0, beta=0.25).double()(x)
+    torch.testing.assert_close(y, x * (torch.sigmoid(2 * x) - 0.25) / 0.75)
+
+
+def test_acon_c_is_swish_for_slopes_one_and_zero():
+    activation = build_activation("acon_c", 3, beta=1.7).double()
+    torch.nn.init.ones_(activation.p1)
+    torch.nn.init.zeros_(activation.p2)
+    x = images(1, 3, 4, 4)
+    torch.testing.assert_close(activation(x), x * torch.sigmoid(torch.tensor(1.7) * x))
+
+
+def test_meta_acon_sharpness_is_computed_from_the_channel_means():
+    activation = perturbed("meta_acon", {})
+    x = images(2, 4, 3, 3)
+    reduce, expand = activation.sharpness.reduce, activation.sharpness.expand
+    hidden = x.mean((2, 3)) @ reduce.weight.flatten(1).T + reduce.bias
+    beta = torch.sigmoid(hidden @ expand.weight.flatten(1).T + expand.bias)[:, :, None, None]
+    p1, p2 = activation.p1.view(1, -1, 1, 1), activation.p2.view(1, -1, 1, 1)
+    torch.testing.assert_close(activation(x), (p1 - p2) * x * torch.sigmoid(beta * (p1 - p2) * x) + p2 * x)
+
+
+def test_dy_relu_with_a_zero_last_layer_is_relu():
+    activation = build_activation("dy_relu_b", 4).double()
+    torch.nn.init.zeros_(activation.coefficients.expand.weight)
+    torch.nn.init.zeros_(activation.coefficients.expand.bias)
+    x = images(2, 4, 3, 3)
+    torch.testing.assert_close(activation(x), F.relu(x))
+
+
+def test_se_relu_with_a_zero_last_layer_is_half_a_relu():
+    activation = build_activation("se_relu", 4).double()
+    torch.nn.init.zeros_(activation.excite.expand.weight)
+    torch.nn.init.zeros_(activation.excite.expand.bias)
+    x = images(2, 4, 3, 3)
+    torch.testing.assert_close(activation(x), 0.5 * F.relu(x))
+
+
+def test_frelu_with_a_zero_kernel_is_relu():
+    activation = build_activation("frelu", 4).double().eval()
+    torch.nn.init.zeros_(activation.condition.weight)
+    x = images(2, 4, 3, 3)
+    torch.testing.assert_close(activation(x), F.relu(x))
+
+
+def test_atac_with_zero_last_norm_is_half_the_identity():
+    activation = build_activation("atac", 4).double().eval()
+    torch.nn.init.zeros_(activation.expand_norm.weight)
+    x = images(2, 4, 3, 3)
+    torch.testing.assert_close(activation(x), 0.5 * x)
+
+
+def test_cbam_relu_with_zero_gates_is_a_quarter_of_a_relu():
+    activation = build_activation("cbam_relu", 4).double()
+    for parameter in activation.parameters():
+        torch.nn.init.zeros_(parameter)
+    x = images(2, 4, 3, 3)
+    # Each gate is sigmoid(0) = 1/2.
+    torch.testing.assert_close(activation(x), 0.25 * F.relu(x))
+
+
+def test_position_prelu_has_its_own_slope_at_every_position():
+    activation = build_activation("position_prelu", 2, size=3).double()
+    with torch.no_grad():
+        activation.weight.copy_(torch.arange(18.0).view(2, 3, 3))
+    x = -torch.ones(1, 2, 3, 3, dtype=torch.float64)
+    assert torch.equal(activation(x)[0], -activation.weight)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build_activation("sparta", 0), "expected num_channels >= 1, got 0"),
+        (lambda: build_activation("softplus", 4, beta=0), "expected beta > 0, got 0"),
+        (lambda: build_activation("pssilu", 4, beta=1.0), r"expected beta in \[0, 1\), got 1.0"),
+        (lambda: build_activation("se_relu", 4, reduction=0), "expected reduction >= 1, got 0"),
+        (lambda: build_activation("atac", 4, reduction=0), "expected reduction >= 1, got 0"),
+        (lambda: build_activation("position_prelu", 4, size=0), "expected size >= 1, got 0"),
+        (lambda: build_activation("frelu", 4, kernel_size=2), "expected an odd kernel_size >= 1, got 2"),
+        (lambda: build_activation("cbam_relu", 4, kernel_size=4), "expected an odd kernel_size >= 1, got 4"),
+    ],
+)
+def test_options_out_of_range_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@over_registry
+def test_unknown_options_are_refused(name, options):
+    with pytest.raises(TypeError, match="no_such_option"):
+        build_activation(name, 4, **options, no_such_option=1)
