@@ -1,0 +1,146 @@
+"""The typed distributions that a search space is made of. Nothing but the standard library."""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Value = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A real number between low and high; with `log`, uniform in its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high, self.log)
+
+    def sample(self, rng: random.Random) -> float:
+        """Draw one value."""
+        return self.at(rng.random())
+
+    def at(self, share: float) -> float:
+        """The value at `share` of the way from low (0) to high (1)."""
+        if self.log:
+            return min(max(self.low * math.pow(self.high / self.low, share), self.low), self.high)
+        return self.low + (self.high - self.low) * share
+
+    def grid(self, points: int) -> list[Value]:
+        """`points` values from low to high, evenly spaced (with `log`, by factors)."""
+        return [self.at(index / (points - 1)) for index in range(points)]
+
+    def ends(self) -> list[Value]:
+        """The extreme values."""
+        return [self.low, self.high]
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A whole number from low to high, both included; with `log`, uniform in its logarithm."""
+
+    low: int
+    high: int
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high, self.log)
+
+    def sample(self, rng: random.Random) -> int:
+        """Draw one value."""
+        if not self.log:
+            return rng.randint(self.low, self.high)
+        # Half a step beyond both ends, so that rounding gives the ends their share.
+        drawn = math.exp(rng.uniform(math.log(self.low - 0.5), math.log(self.high + 0.5)))
+        return min(max(round(drawn), self.low), self.high)
+
+    def grid(self, points: int) -> list[Value]:
+        """At most `points` different values from low to high."""
+        inside = Uniform(self.low, self.high, self.log)
+        return list(dict.fromkeys(round(inside.at(index / (points - 1))) for index in range(points)))
+
+    def ends(self) -> list[Value]:
+        """The extreme values."""
+        return [self.low, self.high]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several options."""
+
+    options: tuple[Value, ...]
+
+    def __init__(self, *options: Value) -> None:
+        if len(options) < 2 or len(set(map(repr, options))) < len(options):
+            raise ValueError(f"a choice expected at least two different options, got {list(options)}")
+        object.__setattr__(self, "options", options)
+
+    def sample(self, rng: random.Random) -> Value:
+        """Draw one value."""
+        return rng.choice(self.options)
+
+    def grid(self, points: int) -> list[Value]:
+        """All options."""
+        return list(self.options)
+
+    def ends(self) -> list[Value]:
+        """All options."""
+        return list(self.options)
+
+
+@dataclass(frozen=True)
+class When:
+    """A parameter that exists only while another one, earlier in the space, has one of the given values."""
+
+    key: str
+    values: tuple[Value, ...]
+    then: "Uniform | Integer | Choice"
+
+    def holds(self, chosen: Mapping[str, Value]) -> bool:
+        """Whether the parameter exists beside the values chosen so far."""
+        return self.key in chosen and chosen[self.key] in self.values
+
+
+Distribution = Uniform | Integer | Choice
+Space = Mapping[str, Distribution | When]
+"""Dotted configuration keys, in order, each with what it is drawn from."""
+
+
+def active(rule: Distribution | When, chosen: Mapping[str, Value]) -> Distribution | None:
+    """The distribution of a parameter given the values chosen before it; None when it does not exist."""
+    if isinstance(rule, When):
+        return rule.then if rule.holds(chosen) else None
+    return rule
+
+
+def draw(space: Space, rng: random.Random) -> dict[str, Value]:
+    """One point of the space at random."""
+    chosen: dict[str, Value] = {}
+    for key, rule in space.items():
+        if (distribution := active(rule, chosen)) is not None:
+            chosen[key] = distribution.sample(rng)
+    return chosen
+
+
+def grid(space: Space, points: int) -> list[dict[str, Value]]:
+    """Every combination, `points` values along each range; a parameter that does not exist multiplies nothing."""
+    combinations: list[dict[str, Value]] = [{}]
+    for key, rule in space.items():
+        combinations = [extended for chosen in combinations for extended in _extend(chosen, key, rule, points)]
+    return combinations
+
+
+def _extend(chosen: dict[str, Value], key: str, rule: Distribution | When, points: int) -> list[dict[str, Value]]:
+    distribution = active(rule, chosen)
+    return [chosen] if distribution is None else [{**chosen, key: value} for value in distribution.grid(points)]
+
+
+def _check_range(low: Any, high: Any, log: bool) -> None:
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"a range expected low < high, both finite, got {low} and {high}")
+    if log and low <= 0:
+        raise ValueError(f"a logarithmic range expected low > 0, got {low}")
