@@ -22,7 +22,7 @@ format: setup-dev      ## rewrite in the house format
 	@$(PY) -m ruff format .
 
 ui: setup              ## the MLflow UI over what was made, on 127.0.0.1:5000
-	@$(PY) -m pipeline.tracking ui
+	@infra/ui.sh
 
 bench: setup-dev       ## measure; never part of the tests
 	@for file in benchmarks/*.py; do case $$file in */_*) ;; *) $(PY) $$file || exit 1 ;; esac; done

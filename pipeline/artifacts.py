@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 RECORD = "artifact.json"
 _CHUNK = 1 << 20
-# Above this a file is verified by its size and by blocks spread over it: hashing an ImageNet on every start is too slow.
+# Above this a file is verified by size and by blocks spread over it: hashing an ImageNet on every start is too slow.
 _FULL_HASH_LIMIT = 1 << 28
 _SAMPLED_BLOCKS = 64
 
@@ -127,7 +127,9 @@ def changed_inputs(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted names of what differs between two sets of inputs, each with both values: "training.epochs 8 -> 10"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = sorted(set(old) | set(new))
-        nested = (changed_inputs(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name) for name in names)
+        nested = (
+            changed_inputs(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name) for name in names
+        )
         return [change for changes in nested for change in changes]
     return [] if old == new else [f"{prefix} {_short(old)} -> {_short(new)}"]
 

@@ -12,14 +12,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from pipeline import artifacts
 from pipeline.artifacts import StageRecord
 from pipeline.stages.node import Finished, Node, StageContext, StageResult
-from pipeline.stages.services import Services
+
+if TYPE_CHECKING:
+    from pipeline.stages.services import Services
 
 _STARTED = "started.json"
 _CURRENT = "current.txt"
@@ -50,7 +52,7 @@ class Decision:
         return f"{self.node.key:<34} {self.action.value:<10} {self.reason}"
 
 
-class OutputLocked(RuntimeError):
+class OutputLockedError(RuntimeError):
     """Another chain is writing to the same output directory."""
 
 
@@ -81,28 +83,30 @@ class Chain:
 
     def decide(self, node: Node[Any]) -> Decision:
         """What to do with `node`, given what has been done so far. Writes nothing."""
-        broken = [key for key in node.needs if key in self.failed]
-        if broken:
+        if broken := [key for key in node.needs if key in self.failed]:
             return Decision(node, Action.BLOCKED, f"needs {', '.join(broken)}")
-        waiting = [key for key in node.needs if key not in self.done]
-        if waiting:
+        if waiting := [key for key in node.needs if key not in self.done]:
             return Decision(node, Action.RUN, f"after {', '.join(waiting)}")
         inputs = self._inputs(node)
         directory = self.output / node.stage / node.branch / artifacts.fingerprint(inputs)[:12]
         record = artifacts.load_record(directory)
+        action, reason = self._judge(node, inputs, directory, record)
+        return Decision(node, action, reason, directory, inputs, record)
+
+    def _judge(
+        self, node: Node[Any], inputs: Mapping[str, Any], directory: Path, record: StageRecord | None
+    ) -> tuple[Action, str]:
         if node.stage in self._force:
-            return Decision(node, Action.RUN, "forced", directory, inputs)
-        if record is not None and record.fingerprint == artifacts.fingerprint(inputs):
-            damage = artifacts.damaged_output(directory, record)
-            if damage is None:
-                reason = f"inputs {record.fingerprint[:12]} unchanged, {len(record.outputs)} outputs verified"
-                return Decision(node, Action.SKIP, reason, directory, inputs, record)
-            return Decision(node, Action.RUN, damage, directory, inputs)
+            return Action.RUN, "forced"
+        if record is not None:
+            if damage := artifacts.damaged_output(directory, record):
+                return Action.RUN, damage
+            return Action.SKIP, f"inputs {record.fingerprint[:12]} unchanged, {len(record.outputs)} outputs verified"
         if (directory / artifacts.RECORD).exists():
-            return Decision(node, Action.RUN, f"{artifacts.RECORD} is unreadable", directory, inputs)
+            return Action.RUN, f"{artifacts.RECORD} is unreadable"
         if (directory / _STARTED).exists():
-            return Decision(node, Action.RESUME, "was interrupted", directory, inputs)
-        return Decision(node, Action.RUN, self._why_new(node, inputs), directory, inputs)
+            return Action.RESUME, "was interrupted"
+        return Action.RUN, self._why_new(node, inputs)
 
     def plan(self, nodes: Iterable[Node[Any]]) -> list[Decision]:
         """The decision for every node, without running or writing anything."""
@@ -136,21 +140,20 @@ class Chain:
 
     # --- doing ------------------------------------------------------------------------------------------------------
 
-    def execute(self, nodes: Iterable[Node[Any]], services: Services) -> None:
+    def execute(self, nodes: Iterable[Node[Any]], services: "Services") -> None:
         """Run what is not up to date. A node that fails blocks the nodes that need it and no others."""
         self.output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.output / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock = FileLock(self.output / ".lock").acquire(timeout=0)
         except Timeout:
-            raise OutputLocked(
+            raise OutputLockedError(
                 f"expected to be the only chain in {self.output}, another one is running there; "
                 "wait for it or choose another name=..."
             ) from None
         with lock:
             self._execute(list(nodes), services)
 
-    def _execute(self, nodes: Sequence[Node[Any]], services: Services) -> None:
+    def _execute(self, nodes: Sequence[Node[Any]], services: "Services") -> None:
         position = 0
         while position < len(nodes):
             runner, batch = nodes[position].runner, []
@@ -174,7 +177,7 @@ class Chain:
             return decision
         return replace(decision, action=Action.BLOCKED, reason=f"not done ({decision.reason}) and not chosen to run")
 
-    def _run(self, batch: Sequence[Decision], services: Services) -> None:
+    def _run(self, batch: Sequence[Decision], services: "Services") -> None:
         """Run nodes of one stage together; each has a run of its own in MLflow and ends by itself."""
         if not batch:
             return
@@ -191,7 +194,7 @@ class Chain:
                     self._say(f"{decision.node.key:<34} done       after {seconds:.1f} s")
 
     @contextmanager
-    def _context(self, decision: Decision, services: Services) -> Iterator[StageContext[Any]]:
+    def _context(self, decision: Decision, services: "Services") -> Iterator[StageContext[Any]]:
         node, directory, inputs = decision.node, decision.directory, decision.inputs
         assert directory is not None
         assert inputs is not None

@@ -1,4 +1,6 @@
-"""The one command line: `python -m pipeline.run [CONFIG] [key.path=value ...] [--from S] [--until S] [--only S] [--force S] [--dry-run]`.
+"""The one command line:
+
+    python -m pipeline.run [CONFIG] [key.path=value ...] [--from S] [--until S] [--only S] [--force S] [--dry-run]
 
 CONFIG is a preset's name or a YAML file; without it the embedded demo runs. Exit codes: 0 done, 1 a stage failed,
 2 bad configuration, 3 the cluster cannot satisfy the request, 130 interrupted, 143 terminated.
@@ -14,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from pipeline.chain import Action, Chain, OutputLocked
+from pipeline.chain import Action, Chain, OutputLockedError
 from pipeline.cluster import ClusterTooSmall
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(load_config(options.config, options.overrides), options)
-    except (ConfigError, OutputLocked) as error:
+    except (ConfigError, OutputLockedError) as error:
         return _fail(error, BAD_CONFIG)
     except ClusterTooSmall as error:
         return _fail(error, CLUSTER_TOO_SMALL)
@@ -81,7 +83,7 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
         chain.execute([node for node in tail(config) if node.stage in selected], services)
         if chain.failed:
             services.chain_run.fail()
-    print(closing_lines(config, chain, root))
+    print(closing_lines(config, chain.output, chain.done, chain.failed))
     return STAGE_FAILED if chain.failed else DONE
 
 
@@ -94,10 +96,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", nargs="?", help="preset name or YAML file (default: the embedded demo)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
-    parser.add_argument("--from", dest="start", choices=STAGES, help="first stage that may run; those before must be done")
+    parser.add_argument(
+        "--from", dest="start", choices=STAGES, help="first stage that may run; those before must be done"
+    )
     parser.add_argument("--until", choices=STAGES, help="last stage that runs")
     parser.add_argument("--only", choices=STAGES, help="the one stage that may run")
-    parser.add_argument("--force", action="append", default=[], choices=STAGES, help="run a stage though it is up to date")
+    parser.add_argument(
+        "--force", action="append", default=[], choices=STAGES, help="run a stage though it is up to date"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and why, start nothing")
     options = parser.parse_intermixed_args(arguments)
     if options.config is not None and "=" in options.config:

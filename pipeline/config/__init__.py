@@ -1,0 +1,1 @@
+"""Every knob of the system: frozen pydantic sections, presets, and errors that say what to do."""

@@ -69,7 +69,7 @@ class ChainConfig(Section):
         names = [target.name for target in self.transfer]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"expected transfer targets with different names, got {', '.join(twice)} twice; rename one")
+            raise ValueError(f"expected transfer targets with different names, got twice: {', '.join(twice)}")
         if "source" in names:
             raise ValueError('expected transfer target names other than "source", which names the source; rename it')
         return self

@@ -1,4 +1,4 @@
-"""From the command line to a checked ChainConfig: preset or file, then `key.path=value` overrides, then one readable error."""
+"""From the command line to a checked ChainConfig: preset or file, `key.path=value` overrides, one readable error."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -117,10 +117,11 @@ def _close(name: str, known: Sequence[str]) -> str:
 
 
 def _fields_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """Field names of the section that a pydantic error location points to; tags of unions and indices are passed over."""
+    """Field names of the section that an error location points to; tags of unions and indices are passed over."""
     candidates: list[type[BaseModel]] = [section]
     for part in loc:
-        annotations = [c.model_fields[part].annotation for c in candidates if isinstance(part, str) and part in c.model_fields]
+        fields = [candidate.model_fields.get(str(part)) for candidate in candidates]
+        annotations = [field.annotation for field in fields if field is not None]
         if annotations:
             candidates = [found for annotation in annotations for found in _sections_in(annotation)]
         elif isinstance(part, str):  # the tag of a discriminated union: keep the members that carry it

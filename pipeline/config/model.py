@@ -1,8 +1,9 @@
 """Which network, and which activation stands at its sites."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Section
 from sparta_models import ACTIVATIONS, MODELS, build_activation
@@ -17,7 +18,7 @@ class ActivationConfig(Section):
     """A name in `sparta_models.ACTIVATIONS`."""
     sharing: Literal["site", "stage", "network"] = "site"
     """Who shares parameters: every site its own, one function per resolution stage, or one for the network."""
-    options: dict[str, Option] = {}
+    options: Mapping[str, Option] = Field(default_factory=dict)
     """Keyword arguments of the activation, e.g. kernel_size, beta, variant for "sparta"."""
 
     @model_validator(mode="after")
@@ -40,7 +41,7 @@ class ArchitectureConfig(Section):
 
     name: str = "resnet8"
     """A name in `sparta_models.MODELS`."""
-    options: dict[str, Option] = {}
+    options: Mapping[str, Option] = Field(default_factory=dict)
     """Keyword arguments of the model, e.g. width, stem."""
 
     @field_validator("name")

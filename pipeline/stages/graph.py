@@ -1,7 +1,7 @@
 """The chain as a list of nodes, each after what it needs:
 
-    prepare:* -> [search] -> pretrain:source, pretrain:source-control -> freeze:bank
-              -> transfer:<target>, transfer:<target>-control ... -> evaluate:* -> report
+prepare:* -> [search] -> pretrain:source, pretrain:source-control -> freeze:bank
+          -> transfer:<target>, transfer:<target>-control ... -> evaluate:* -> report
 """
 
 from collections.abc import Mapping
@@ -68,7 +68,9 @@ def _trainings(config: ChainConfig) -> list[tuple[ReportedModel, Node[TrainTask]
     return found
 
 
-def _training(config: ChainConfig, target: TransferTarget, *, control: bool) -> tuple[ReportedModel, Node[TrainTask], str]:
+def _training(
+    config: ChainConfig, target: TransferTarget, *, control: bool
+) -> tuple[ReportedModel, Node[TrainTask], str]:
     is_source = target.name == "source"
     stage = "pretrain" if is_source else "transfer"
     frozen = not is_source and not control

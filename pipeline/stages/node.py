@@ -1,19 +1,21 @@
-"""What the chain is made of: a node is one stage applied to one branch (one data set, one model), a function of its inputs."""
+"""What the chain is made of: a node is one stage applied to one branch (one data set, one model)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pipeline.artifacts import StageRecord
-from pipeline.stages.services import Services
-from pipeline.tracking import StageRun
+
+if TYPE_CHECKING:
+    from pipeline.stages.services import Services
+    from pipeline.tracking import StageRun
 
 Task = TypeVar("Task")
 
 
 class StageResult(NamedTuple):
-    """What a stage makes of one task: facts for the stages after it, and the files (below its directory) that are its output."""
+    """What a stage makes of one task: facts for the stages after it, and its output files, below its directory."""
 
     payload: dict[str, Any]
     outputs: list[str]
@@ -38,9 +40,9 @@ class StageContext(Generic[Task]):
     """Its own directory; what an interrupted run left there is still there."""
     upstream: Mapping[str, Finished]
     """The nodes named in `Node.needs`, finished."""
-    run: StageRun
+    run: "StageRun"
     """The MLflow run of this node."""
-    services: Services
+    services: "Services"
     """Ray and the registry, started when first asked for."""
 
 
@@ -74,14 +76,10 @@ class Node(Generic[Task]):
 def one_by_one(stage: Callable[[StageContext[Task]], StageResult]) -> Runner[Task]:
     """A runner that calls `stage` for each node in turn."""
 
-    def run(contexts: Sequence[StageContext[Task]]) -> Sequence[StageResult | Exception]:
-        return [_outcome(stage, context) for context in contexts]
+    def outcome(context: StageContext[Task]) -> StageResult | Exception:
+        try:
+            return stage(context)
+        except Exception as error:  # the failure of one branch is its result; the chain reports it
+            return error
 
-    return run
-
-
-def _outcome(stage: Callable[[StageContext[Task]], StageResult], context: StageContext[Task]) -> StageResult | Exception:
-    try:
-        return stage(context)
-    except Exception as error:  # the failure of one branch is its result; the chain reports it
-        return error
+    return lambda contexts: [outcome(context) for context in contexts]

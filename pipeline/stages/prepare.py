@@ -16,7 +16,7 @@ class PrepareTask:
 
 
 def prepare_node(branch: str, task: PrepareTask) -> Node[PrepareTask]:
-    """The node that prepares one data set. Its identity is the configuration and the content it reads, not where that lies."""
+    """The node that prepares one data set. Its identity is its settings and the content read, not where that lies."""
     sections = {"data": task.data.identity(), "content": source_digest(task.data), "seed": task.seed}
     return Node("prepare", branch, task, sections, run_prepare)
 

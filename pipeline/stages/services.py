@@ -38,9 +38,7 @@ class Services:
     ) -> bool | None:
         return self._stack.__exit__(kind, error, trace)
 
-    def stage_run(
-        self, key: str, fingerprint: str, sections: dict[str, Any], needs: Sequence[str]
-    ) -> StageRun:
+    def stage_run(self, key: str, fingerprint: str, sections: dict[str, Any], needs: Sequence[str]) -> StageRun:
         """The MLflow run of a node, to be entered with `with`."""
         tags = {"stage": key.partition(":")[0], "branch": key.partition(":")[2], "fingerprint": fingerprint}
         return self.chain_run.stage(key, params=sections, tags=tags, upstream=tuple(needs))

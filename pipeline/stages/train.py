@@ -38,7 +38,7 @@ class TrainTask:
 
 
 def train_node(stage: str, branch: str, task: TrainTask) -> Node[TrainTask]:
-    """The node that trains one network. How often checkpoints are written and what reads the data are not its identity."""
+    """The node that trains one network. Checkpoint intervals and the kind of loader are not its identity."""
     sections = {
         "model": task.model.model_dump(mode="json"),
         "augment": task.augment.model_dump(mode="json"),
@@ -90,7 +90,7 @@ def _bank(context: StageContext[TrainTask], key: str) -> tuple[Path, FrozenBank]
     finished = context.upstream[key]
     frozen = FrozenBank.model_validate(finished.record.payload)
     if frozen.reference is None:
-        _log.warning("the activation is not in the registry yet (MLflow was away); %s uses the local files", context.key)
+        _log.warning("MLflow is away, the activation not yet registered; %s uses the local files", context.key)
         return finished.directory / frozen.directory, frozen
     pulled = context.directory / "bank"
     context.services.registry.pull(frozen.reference, pulled)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The MLflow UI over everything under runs/, on this machine alone. PORT=5001 make ui takes another port.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+root="${SPARTA_RUNS:-$PWD/runs}"
+port="${PORT:-5000}"
+[ -f "$root/mlflow.db" ] || { echo "nothing to show: $root/mlflow.db does not exist; run make demo first" >&2; exit 1; }
+
+echo "MLflow UI  http://127.0.0.1:$port/?workflowType=machine_learning   (Ctrl-C ends it)"
+find "$root" -maxdepth 2 -name report.html -printf 'report     file://%p\n'
+export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false
+exec .venv/bin/mlflow server --backend-store-uri "sqlite:///$root/mlflow.db" --artifacts-destination "$root/mlartifacts" \
+  --host 127.0.0.1 --port "$port" --workers 1

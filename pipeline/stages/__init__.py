@@ -1,0 +1,1 @@
+"""The stages of the chain: each turns upstream artifacts into one of its own."""

@@ -1,0 +1,53 @@
+"""The last lines that a chain prints: the table of results, what failed, and where to look."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.config.chain import ChainConfig
+from pipeline.evaluation import Evaluation
+from pipeline.stages.graph import reported_models
+from pipeline.stages.node import Finished
+from pipeline.stages.report import ReportedModel
+
+REPORT = "report.html"
+_COLUMNS = ("model", "role", "network", "activation", "data", "clean %", "robust % [95 %]", "audit")
+
+
+def closing_lines(config: ChainConfig, output: Path, done: Mapping[str, Finished], failed: Mapping[str, str]) -> str:
+    """The table of all evaluated models, the failures, and the paths of the report and the MLflow UI."""
+    rows = [_row(model, done) for model in reported_models(config) if model.evaluation in done]
+    lines: list[str] = []
+    if rows:
+        threat = config.evaluation.threat
+        lines += ["", *_table([_COLUMNS, *rows]), f"robust: per-example worst case over all attacks, {threat.label}"]
+    if failed:
+        lines += ["", f"{len(failed)} not done:", *(f"  {key}: {reason}" for key, reason in failed.items())]
+    lines.append("")
+    if "report:page" in done:
+        lines.append(f"report     {output / REPORT}")
+    lines.append(f"results    {output}")
+    lines.append("MLflow UI  make ui")
+    return "\n".join(lines)
+
+
+def _row(model: ReportedModel, done: Mapping[str, Finished]) -> tuple[str, ...]:
+    result = Evaluation.load(done[model.evaluation].directory)
+    network = model.task.model
+    frozen = " (frozen)" if model.task.bank else ""
+    robust = f"{100 * result.union.value:5.1f} [{100 * result.union.low:.1f}, {100 * result.union.high:.1f}]"
+    audit = (
+        "off"
+        if result.audit is None
+        else "passed"
+        if result.audit.passed
+        else f"FAILED: {', '.join(result.audit.failed)}"
+    )
+    activation = network.activation.name if not frozen else f"{model.source_activation}{frozen}"
+    clean = f"{100 * result.clean.value:5.1f}"
+    return (model.branch, model.role, network.name, activation, result.dataset, clean, robust, audit)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

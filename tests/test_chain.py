@@ -1,0 +1,192 @@
+"""The chain's decisions, on nodes that write a file each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from pipeline.chain import Action, Chain, OutputLockedError
+from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+
+
+class RecordingRun:
+    """Takes what a stage tells MLflow."""
+
+    def __init__(self) -> None:
+        self.tags: dict[str, str] = {}
+        self.failed = False
+
+    def tag(self, tags: dict[str, str]) -> None:
+        self.tags |= tags
+
+    def fail(self) -> None:
+        self.failed = True
+
+
+class LocalServices:
+    """Neither Ray nor MLflow."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.runs: dict[str, RecordingRun] = {}
+
+    @contextmanager
+    def stage_run(self, key: str, *described: Any) -> Iterator[RecordingRun]:
+        self.runs[key] = RecordingRun()
+        yield self.runs[key]
+
+    def log_failure(self, key: str, error: Exception) -> Path:
+        return self.output / "failure.txt"
+
+
+class House:
+    """A chain of three nodes, a -> b -> c, and d beside them, with a count of how often each ran."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.ran: list[str] = []
+        self.broken: set[str] = set()
+        self.settings = {"a": 1, "b": 1, "c": 1, "d": 1}
+        self.runner = one_by_one(self._stage)
+        self.lines: list[str] = []
+
+    def _stage(self, context: StageContext[str]) -> StageResult:
+        if context.task in self.broken:
+            raise ValueError(f"{context.task} is broken")
+        self.ran.append(context.task)
+        upstream = "".join((done.directory / "out.txt").read_text() for done in context.upstream.values())
+        (context.directory / "out.txt").write_text(f"{context.task}{self.settings[context.task]}({upstream})")
+        return StageResult({}, ["out.txt"])
+
+    def nodes(self) -> list[Node[str]]:
+        needs = {"a": (), "b": ("a:x",), "c": ("b:x",), "d": ("a:x",)}
+        return [Node(k, "x", k, {"value": self.settings[k]}, self.runner, needs[k]) for k in needs]
+
+    def run(self, **options: Any) -> Chain:
+        self.ran.clear()
+        chain = Chain(self.output, say=self.lines.append, **options)
+        chain.execute(self.nodes(), LocalServices(self.output))  # type: ignore[arg-type]
+        return chain
+
+    def plan(self, **options: Any) -> dict[str, tuple[Action, str]]:
+        return {d.node.stage: (d.action, d.reason) for d in Chain(self.output, **options).plan(self.nodes())}
+
+    def out(self, chain: Chain, key: str) -> Path:
+        return chain.done[key].directory / "out.txt"
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path / "chain")
+
+
+def test_second_run_does_nothing_and_says_why(house: House) -> None:
+    house.run()
+    assert house.ran == ["a", "b", "c", "d"]
+    house.run()
+    assert house.ran == []
+    assert all(action is Action.SKIP and "unchanged" in reason for action, reason in house.plan().values())
+
+
+def test_changed_setting_reruns_the_node_and_what_depends_on_it(house: House) -> None:
+    house.run()
+    house.settings["b"] = 2
+    assert house.plan()["b"] == (Action.RUN, "changed: value 1 -> 2")
+    house.run()
+    assert house.ran == ["b", "c"]
+
+
+def test_changing_back_finds_the_old_results(house: House) -> None:
+    house.run()
+    house.settings["a"] = 2
+    house.run()
+    house.settings["a"] = 1
+    house.run()
+    assert house.ran == []
+
+
+def test_same_output_after_a_rerun_leaves_downstream_up_to_date(house: House) -> None:
+    chain = house.run()
+    house.out(chain, "a:x").unlink()
+    house.run()
+    assert house.ran == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.unlink(), "out.txt is missing"),
+        (lambda path: path.write_text("X1(a1())"), "out.txt was altered"),
+        (lambda path: path.write_text("longer than before"), "has 18 bytes"),
+        (lambda path: (path.parent / "artifact.json").write_text("{"), "artifact.json is unreadable"),
+    ],
+)
+def test_damaged_output_is_noticed_and_made_again(house: House, damage: Callable[[Path], Any], reason: str) -> None:
+    chain = house.run()
+    damage(house.out(chain, "b:x"))
+    action, said = house.plan()["b"]
+    assert action is Action.RUN
+    assert reason in said
+    house.run()
+    assert house.ran == ["b"]
+    assert house.out(chain, "b:x").read_text() == "b1(a1())"
+
+
+def test_failed_branch_blocks_what_needs_it_and_nothing_else(house: House) -> None:
+    house.broken = {"b"}
+    chain = house.run()
+    assert house.ran == ["a", "d"]
+    assert set(chain.failed) == {"b:x", "c:x"}
+    assert "ValueError: b is broken" in chain.failed["b:x"]
+    house.broken = set()
+    house.run()
+    assert house.ran == ["b", "c"]
+
+
+def test_interrupted_node_is_resumed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(contexts: Sequence[StageContext[str]]) -> Sequence[StageResult | Exception]:
+        (contexts[0].directory / "half.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    whole = house.runner
+    house.runner = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        house.run()
+    assert house.plan()["a"] == (Action.RESUME, "was interrupted")
+    house.runner = whole
+    chain = house.run()
+    assert (chain.done["a:x"].directory / "half.txt").read_text() == "half"
+
+
+def test_force_runs_again_and_keeps_the_old_result_aside(house: House) -> None:
+    chain = house.run()
+    house.run(force=["b"])
+    assert house.ran == ["b"]
+    directory = chain.done["b:x"].directory
+    assert (directory.parent / f"{directory.name}.superseded-1" / "out.txt").is_file()
+
+
+def test_stages_that_may_not_run_must_be_done(house: House) -> None:
+    chain = house.run(only=["b", "c"])
+    assert house.ran == []
+    assert "not chosen to run" in chain.failed["a:x"]
+    house.run()
+    house.settings["b"] = 2
+    house.run(only=["b", "c"])
+    assert house.ran == ["b", "c"]
+
+
+def test_planning_writes_nothing(house: House) -> None:
+    assert house.plan()["a"] == (Action.RUN, "first run")
+    assert house.plan()["c"] == (Action.RUN, "after b:x")
+    assert not house.output.exists()
+
+
+def test_second_chain_on_the_same_output_refuses(house: House) -> None:
+    house.output.mkdir(parents=True)
+    with FileLock(house.output / ".lock"), pytest.raises(OutputLockedError, match="another one is running there"):
+        house.run()
+    assert house.ran == []
