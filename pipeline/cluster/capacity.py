@@ -5,6 +5,7 @@ missing.
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,12 @@ class Capacity:
         return f"{amounts} on {len(self.nodes)} {'node' if len(self.nodes) == 1 else 'nodes'}"
 
 
+def connected() -> bool:
+    """Whether this process is connected to a Ray; does not import it to find out."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 def uses_gpu(scaling: ScalingConfig, capacity: Capacity) -> bool:
     """Whether workers get a GPU each: as asked for, or with "auto" whether there is one."""
     return capacity.total("GPU") > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
@@ -72,9 +79,7 @@ def worker_bundle(scaling: ScalingConfig, capacity: Capacity) -> dict[str, float
 
 def current_capacity(scaling: ScalingConfig) -> Capacity:
     """The cluster this process is connected to or, before that, what a Ray of its own will have."""
-    import ray
-
-    return Capacity.of_cluster() if ray.is_initialized() else Capacity.of_this_machine(scaling.num_cpus)
+    return Capacity.of_cluster() if connected() else Capacity.of_this_machine(scaling.num_cpus)
 
 
 def preflight(scaling: ScalingConfig, capacity: Capacity | None = None) -> Capacity:

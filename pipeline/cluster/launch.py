@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from pipeline.cluster.capacity import Capacity, preflight, uses_gpu, worker_bundle
 from pipeline.cluster.outcome import clear_stop, failed, load_outcome, request_stop
-from pipeline.cluster.session import ensure_ray
+from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.worker import Job, Train, Work, run_work
 from pipeline.config.scaling import ScalingConfig
 from pipeline.tracking.journal import Entry, read_journal
@@ -76,10 +76,13 @@ def run_jobs(
     on_progress: OnProgress | None = None,
 ) -> list[Result | TrainingFailed]:
     """`launch_many` for any `train(job, context)` that returns a `result_type`."""
-    preflight(scaling)
+    if cluster_address(scaling) is None:
+        preflight(scaling)  # refused before a Ray of its own is started
     run = uuid.uuid4().hex[:8]
     for job in jobs:
         clear_stop(job.output)
+    if not jobs:
+        return []
     with ensure_ray(scaling):
         capacity = preflight(scaling)
         groups = [Work(run, share, train) for share in _shares(jobs, scaling, capacity)]
@@ -118,7 +121,7 @@ def _follow(jobs: Sequence[Job], alive: Callable[[], bool], on_progress: OnProgr
         running = alive()  # asked before the last look at the journals
         for index, job in enumerate(jobs):
             entries, offsets[index] = read_journal(job.output / JOURNAL, offsets[index])
-            for entry in entries if on_progress else ():
+            for entry in entries if on_progress is not None else ():
                 on_progress(job, entry)
         if running:
             time.sleep(_POLL_SECONDS)

@@ -2,9 +2,12 @@
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from pipeline.cluster.capacity import connected
 from pipeline.config.scaling import ScalingConfig
 
 _log = logging.getLogger(__name__)
@@ -21,14 +24,13 @@ def ensure_ray(scaling: ScalingConfig, *, dashboard: bool = False) -> Iterator[N
 
     Raises ConnectionError when the named cluster does not answer.
     """
-    import ray
-
-    if ray.is_initialized():
+    if connected():
         yield
         return
+    import ray
+
     _set_environment(scaling)
-    address = scaling.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := cluster_address(scaling):
         _join(address)
     else:
         _start(scaling, dashboard)
@@ -36,6 +38,11 @@ def ensure_ray(scaling: ScalingConfig, *, dashboard: bool = False) -> Iterator[N
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_address(scaling: ScalingConfig) -> str | None:
+    """The cluster to join; None when a Ray of its own is to be started."""
+    return scaling.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def _set_environment(scaling: ScalingConfig) -> None:
@@ -70,6 +77,9 @@ def _start(scaling: ScalingConfig, dashboard: bool) -> None:
             "another Ray runs on this machine (%s) and competes for its CPUs; scaling.address=auto would use it",
             ", ".join(sorted(others)),
         )
+    # Nobody takes this machine away with notice, so nobody needs to watch for it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    _authenticate()
     ray.init(
         address="local",
         num_cpus=scaling.num_cpus,
@@ -78,6 +88,15 @@ def _start(scaling: ScalingConfig, dashboard: bool) -> None:
         dashboard_host="127.0.0.1",
         logging_level="WARNING",
     )
+
+
+def _authenticate() -> None:
+    """Token authentication, which Ray does by default but announces as a warning; its token is kept in the home."""
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    home = Path.home()
+    if not (home / ".ray" / "auth_token").exists() and not os.access(home, os.W_OK):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _running_instances() -> set[str]:
