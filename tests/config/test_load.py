@@ -1,0 +1,90 @@
+"""The configuration: presets are valid, overrides reach their key, and every mistake is one sentence that helps."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.chain import ChainConfig
+from pipeline.config.load import ConfigError, load_config, overlay, preset_names
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_says_its_cost(name: str) -> None:
+    assert load_config(name).name
+    text = (Path(load_config.__code__.co_filename).parent / "presets" / f"{name}.yaml").read_text()
+    assert "Hardware:" in text
+    assert "Time:" in text
+
+
+def test_defaults_alone_are_valid() -> None:
+    assert ChainConfig() == ChainConfig.model_validate({})
+
+
+def test_round_trip_through_json_changes_nothing() -> None:
+    config = load_config("demo")
+    assert ChainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_override_replaces_one_value_and_reads_fractions() -> None:
+    config = load_config("demo", ["training.threat.eps=8/255", "seed=3", "transfer.0.name=other"])
+    assert config.training.threat.eps == pytest.approx(8 / 255)
+    assert config.seed == 3
+    assert config.transfer[0].name == "other"
+    assert config.training.epochs == load_config("demo").training.epochs
+
+
+def test_override_can_bring_a_whole_section() -> None:
+    config = load_config("demo", ["training.method={kind: trades, beta: 3}"])
+    assert config.training.method.kind == "trades"
+
+
+def test_overlay_is_checked_like_a_file() -> None:
+    config = load_config("demo")
+    assert overlay(config, {"training.epochs": 3}).training.epochs == 3
+    with pytest.raises(ConfigError, match=r"training\.epochs"):
+        overlay(config, {"training.epochs": 0})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainng.epochs=3", r"unknown key 'trainng'; did you mean 'training'\?"),
+        ("training.epoch=3", r"unknown key 'training\.epoch'; did you mean 'epochs'\?; known here: .*batch_size"),
+        ("transfer.0.nmae=x", r"unknown key 'transfer\.0\.nmae'; did you mean 'name'\?"),
+        ("training.method.stepz=3", r"unknown key .*stepz"),
+        ("training.epochs=many", r"training\.epochs: .*integer.*got 'many'"),
+        ("training.epochs=0", r"training\.epochs: .*greater than or equal to 1, got 0"),
+        ("training.threat.eps=0", r"training\.threat\.eps: .*greater than 0, got 0"),
+        ("training.threat.eps=2", r"training\.threat\.eps: .*less than or equal to 1, got 2"),
+        ("training.threat.eps=8/0", r"eps: expected a number or a fraction such as \"8/255\", got '8/0'"),
+        ("model.name=resnet9", r"model\.name: unknown model 'resnet9'; known: .*resnet8"),
+        ("model.activation.name=rulu", r"model\.activation: unknown activation 'rulu'; known: .*relu"),
+        ("model.activation.options.kernal=3", r"model\.activation: .*kernal"),
+        ("data.dataset=mnist", r"data\.dataset: .*'digits'.*got 'mnist'"),
+        ("training.method.kind=fgsm", r"training\.method: .*pgd_at"),
+        ("transfer.7.name=x", r"expected an index below 2 at '7'"),
+        ("transfer.1.name=deeper", r"got twice: deeper"),
+        ("transfer.1.name=source", r'other than "source"'),
+        ("seed", r"expected key\.path=value, got 'seed'"),
+        ("seed={", r"not valid YAML"),
+        ("seed.a=1", r"seed: .*valid integer"),
+        ("name=../../etc", r"name: .*pattern"),
+    ],
+)
+def test_a_mistake_is_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config("demo", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_preset_lists_the_known_and_the_closest() -> None:
+    with pytest.raises(ConfigError, match=r"expected a preset \(.*demo.*did you mean 'demo'"):
+        load_config("demoo")
+
+
+@pytest.mark.parametrize("content", ["- a list", "just text", "a: [", "a: \x00"])
+def test_malformed_file_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        load_config(str(path))
