@@ -290,13 +290,6 @@ class TrainingConfig(Section):
     """Unset: all epochs are run."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints to resume from."""
-    loader: Literal["auto", "ffcv", "memory"] = "auto"
-    """Which reader feeds the training; auto: FFCV where it is installed."""
-
-    @property
-    def selection_threat(self) -> ThreatConfig:
-        """The perturbations that validation attacks with."""
-        return self.selection.threat or self.threat
 
     @property
     def metric(self) -> Literal["robust", "clean"]:

@@ -15,7 +15,8 @@ _TINY = 1e-30
 
 
 def _norms(delta: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(delta.flatten(1), dim=1).reshape(-1, *[1] * (delta.dim() - 1))
+    norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return norms.reshape(-1, *[1] * (delta.dim() - 1))
 
 
 def _rounded(bound: Tensor, dtype: torch.dtype, towards: float) -> Tensor:

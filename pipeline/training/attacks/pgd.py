@@ -72,8 +72,8 @@ def pgd(
     """Adversarial images x_adv (B, C, H, W) with |x_adv - x| <= eps in `norm` and values in [0, 1].
 
     model: images -> logits (B, C), never a DistributedDataParallel wrapper. x: floating, in [0, 1]; y: (B,) labels or,
-    for "ce" and "kl", (B, C) probabilities. eps, step_size in pixel units. loss: ce, margin, dlr, kl. random_start: False,
-    True or "uniform" (in the ball), "normal" (0.001 N(0, 1)). restarts: the worst result of every example is kept.
+    for "ce" and "kl", (B, C) probabilities. eps, step_size in pixel units. loss: ce, margin, dlr, kl. random_start:
+    False, True or "uniform" (in the ball), "normal" (0.001 N(0, 1)). restarts: the worst of every example is kept.
     targets: (B,) classes to reach. step_rule: a name in STEP_RULES. Without a generator a copy of the global one draws.
     Raises ValueError for values out of range and unknown names.
     """

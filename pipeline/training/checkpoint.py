@@ -1,0 +1,87 @@
+"""Checkpoints of a training: two alternating directories and the best network, each whole, with digests.
+
+checkpoints/a and checkpoints/b hold the newest two states, best/ the selected network. Names are fixed, so that a run
+that repeats its last steps after a crash writes the same files again. Tensors are safetensors, the rest is JSON.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from pipeline.training.ema import EMA
+from pipeline.training.files import DamagedFilesError, read_directory, write_directory
+from pipeline.training.progress import Progress
+
+_log = logging.getLogger(__name__)
+_SLOTS = ("a", "b")
+Groups = dict[str, dict[str, Tensor]]
+
+
+class Checkpoints:
+    """The checkpoints of one job below `directory`. `fingerprint` tells them from those of another job."""
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self.directory, self.fingerprint = directory, fingerprint
+        self._next = 0
+
+    def save(self, groups: Groups, progress: Progress) -> Path:
+        """Write the state over the older of the two slots; returns the directory written."""
+        slot = self.directory / _SLOTS[self._next]
+        write_directory(slot, groups, {"fingerprint": self.fingerprint, "progress": progress.model_dump(mode="json")})
+        self._next = 1 - self._next
+        return slot
+
+    def load(self) -> tuple[Groups, Progress] | None:
+        """The newest state that is whole and of this job; a damaged one is reported and the one before it taken."""
+        found = {slot: state for slot in _SLOTS if (state := self._read(slot)) is not None}
+        if not found:
+            return None
+        newest = max(found, key=lambda slot: found[slot][1].step)
+        self._next = 1 - _SLOTS.index(newest)
+        return found[newest]
+
+    def _read(self, slot: str) -> tuple[Groups, Progress] | None:
+        directory = self.directory / slot
+        if not directory.exists():
+            return None
+        try:
+            groups, meta = read_directory(directory)
+            progress = Progress.model_validate(meta["progress"])
+        except (DamagedFilesError, ValidationError, KeyError) as error:
+            _log.warning("checkpoint %s is damaged and passed over: %s", directory, error)
+            return None
+        if meta["fingerprint"] != self.fingerprint:
+            _log.warning("checkpoint %s belongs to other settings and is passed over", directory)
+            return None
+        return groups, progress
+
+
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> Groups:
+    """All tensors of a state: network, optimizer by parameter number, average."""
+    groups: Groups = {"model": dict(model.state_dict()), "optimizer": _momenta(optimizer)}
+    if ema is not None:
+        groups["ema"] = dict(ema.model.state_dict())
+    return groups
+
+
+def restore(groups: Groups, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+    """Put a gathered state back, in place."""
+    model.load_state_dict(groups["model"])
+    if ema is not None:
+        ema.model.load_state_dict(groups["ema"])
+    state: dict[int, dict[str, Any]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, tensor in groups["optimizer"].items():
+        number, name = key.split("/")
+        # A copy, because momentum is updated in place; in the parameter's layout, so that every sum has the same order.
+        state.setdefault(int(number), {})[name] = torch.empty_like(parameters[int(number)]).copy_(tensor)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[int, dict[str, Tensor | None]] = optimizer.state_dict()["state"]
+    return {f"{n}/{name}": t for n, values in state.items() for name, t in values.items() if t is not None}

@@ -1,0 +1,88 @@
+"""Files that are whole or absent: written to a temporary name, forced to disk, renamed. Nothing is pickled."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class DamagedFilesError(ValueError):
+    """Files that are missing, incomplete or altered."""
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_directory(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    """Write {name}.safetensors for every group of tensors and meta.json with their digests, replacing `directory`.
+
+    Raises OSError when the disk refuses.
+    """
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    digests = {}
+    for name, group in tensors.items():
+        path = temporary / f"{name}.safetensors"
+        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
+        _force(path)
+        digests[path.name] = sha256_of(path)
+    write_text(temporary / "meta.json", json.dumps({**meta, "sha256": digests}, indent=1))
+    _replace(temporary, directory)
+
+
+def read_directory(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read what `write_directory` wrote: groups of tensors on the CPU, and meta.
+
+    Raises:
+        DamagedFilesError: for a file that is missing, cut off or altered.
+    """
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        digests: dict[str, str] = meta.pop("sha256")
+        for name, expected in digests.items():
+            if (found := sha256_of(directory / name)) != expected:
+                raise DamagedFilesError(
+                    f"expected sha256 {expected} of {directory / name}, got {found}; the file was altered"
+                )
+        return {Path(name).stem: load_file(directory / name) for name in digests}, meta
+    except DamagedFilesError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise DamagedFilesError(f"expected a complete directory at {directory}, got {error!r}") from error
+
+
+def _force(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _replace(temporary: Path, directory: Path) -> None:
+    """Put `temporary` in the place of `directory`; a crash in between leaves one of the two, both complete."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.replace(old)
+    temporary.replace(directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""The arithmetic floor of a training step: what the bare network costs, counted and timed alone."""
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.training.methods import Cost
+from pipeline.training.network import Forward, shadow
+
+
+def forward_flops(model: nn.Module, x: Tensor) -> float:
+    """Floating-point operations of convolutions and linear layers in one forward pass over one image of x (B, C, H, W)."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        shadow(model)(x[:1])
+    return float(counter.get_total_flops())
+
+
+def floor_seconds(model: nn.Module, x: Tensor, cost: Cost, precision: str, *, repeats: int = 3) -> float:
+    """Time of a step's passes over the batch x, each timed alone on copies of the network: the least of `repeats`."""
+    attacked, trained = Forward(shadow(model), precision), Forward(copy.deepcopy(model), precision)
+    weights = [p for p in trained.parameters() if p.requires_grad]
+
+    def forward() -> None:
+        with torch.no_grad():
+            attacked(x)
+
+    def to_input() -> None:
+        x_adv = x.detach().requires_grad_()
+        torch.autograd.grad(attacked(x_adv).logsumexp(1).sum(), x_adv)
+
+    def to_weights() -> None:
+        torch.autograd.grad(trained(x).logsumexp(1).sum(), weights)
+
+    parts = ((to_input, cost.attack_steps), (forward, cost.forwards), (to_weights, cost.batches))
+    return sum(count * _least(part, x.device, repeats) for part, count in parts if count)
+
+
+def _least(part: Callable[[], None], device: torch.device, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):  # the first one warms up
+        _wait(device)
+        begin = time.perf_counter()
+        part()
+        _wait(device)
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,80 @@
+"""A trained network on disk: weights.safetensors and meta.json, from which it is built again. Nothing is unpickled."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from pipeline.training.files import DamagedFilesError, read_directory, sha256_of, write_directory
+from sparta_models import Activation, build_model
+
+FORMAT = 1
+_WEIGHTS = "weights"
+
+
+class ModelMeta(BaseModel):
+    """What build_model needs, and what the network was trained for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    name: str
+    options: dict[str, Any] = {}
+    activation: dict[str, Any]
+    """Mapping of the activation that stands at the sites, that of the bank where one was put in."""
+    frozen: bool = False
+    """Whether the activations are frozen."""
+    num_classes: int
+    in_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    dataset: str
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights, its activations not yet frozen."""
+        return build_model(
+            self.name,
+            activation=self.activation,
+            num_classes=self.num_classes,
+            in_channels=self.in_channels,
+            mean=self.mean,
+            std=self.std,
+            **self.options,
+        )
+
+
+def save_model(directory: Path, model: nn.Module, meta: ModelMeta) -> str:
+    """Write a network whole or not at all; returns the sha256 of its weights file."""
+    write_directory(directory, {_WEIGHTS: model.state_dict()}, meta.model_dump(mode="json"))
+    return sha256_of(directory / f"{_WEIGHTS}.safetensors")
+
+
+def load_model(directory: Path | str, device: torch.device | str = "cpu") -> nn.Module:
+    """The network that `save_model` wrote, in eval mode on `device`.
+
+    Raises:
+        ValueError: for files that are missing, altered, of another format, or that fit no network of the zoo.
+    """
+    directory = Path(directory)
+    tensors, raw = read_directory(directory)
+    try:
+        meta = ModelMeta.model_validate(raw)
+        if meta.format != FORMAT:
+            raise DamagedFilesError(f"expected format {FORMAT} in {directory / 'meta.json'}, got {meta.format}")
+        model = meta.build()
+        model.load_state_dict(tensors[_WEIGHTS])
+    except (ValidationError, RuntimeError, KeyError, TypeError) as error:
+        raise DamagedFilesError(f"expected a network of the zoo in {directory}, got {error}") from error
+    if meta.frozen:
+        freeze_activations(model)
+    return model.eval().to(device)
+
+
+def freeze_activations(model: nn.Module) -> None:
+    """Pin every activation of a network."""
+    for module in model.modules():
+        if isinstance(module, Activation):
+            module.freeze()

@@ -1,0 +1,86 @@
+"""The network of a job, and the views of it that a training step calls.
+
+A shadow is a copy of the modules that shares every parameter and buffer with the original, asks for no parameter
+gradients and has modes of its own. Attacks and validation call shadows: nothing that they do can reach the gradients,
+modes or running statistics of the network in training, and the backward pass of an attack skips all weights.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.data import PreparedData
+from pipeline.training.job import TrainJob
+from pipeline.training.model_io import ModelMeta, freeze_activations
+from pipeline.training.seeds import derive_seed
+from sparta_models import ActivationBank
+
+
+def build_network(job: TrainJob, prepared: PreparedData) -> tuple[nn.Module, ModelMeta]:
+    """The job's network with initial weights from its seed, the bank applied and frozen if there is one.
+
+    Raises:
+        ValueError: for a bank of another digest than expected, or one that does not fit.
+    """
+    meta = ModelMeta(
+        name=job.model.name,
+        options=dict(job.model.options),
+        activation=job.model.activation.spec(),
+        num_classes=prepared.num_classes,
+        in_channels=prepared.channels,
+        mean=tuple(prepared.mean),
+        std=tuple(prepared.std),
+        image_size=prepared.image_size,
+        dataset=prepared.name,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(job.seed, "weights"))
+        model = meta.build()
+        if job.bank is not None:
+            bank = load_bank(job)
+            bank.apply_to(model, freeze=True, adapt=job.adapt)
+            freeze_activations(model)
+            meta = meta.model_copy(update={"activation": bank.spec.mapping(), "frozen": True})
+    return model, meta
+
+
+def load_bank(job: TrainJob) -> ActivationBank:
+    """The job's bank, with the digest that was asked for."""
+    assert job.bank is not None
+    bank = ActivationBank.load(job.bank)
+    if job.bank_digest is not None and bank.digest != job.bank_digest:
+        raise ValueError(f"expected a bank with digest {job.bank_digest} in {job.bank}, got {bank.digest}")
+    return bank
+
+
+def shadow(model: nn.Module, *, bn: str = "eval") -> nn.Module:
+    """A copy in eval mode that shares all tensors; bn="train": batch norms use the batch's statistics, unrecorded."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, dict(shared))
+    for ours, theirs in zip(twin.modules(), model.modules(), strict=True):
+        for name, parameter in theirs._parameters.items():
+            if parameter is not None:
+                ours._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+        if bn == "train" and isinstance(ours, _BatchNorm) and ours.training:
+            ours.track_running_stats = False
+        else:
+            ours.training = False
+    return twin
+
+
+class Forward(nn.Module):
+    """A network in a precision: images (B, C, H, W) of any float type -> float32 logits (B, num_classes)."""
+
+    def __init__(self, network: nn.Module, precision: str, *, compiled: bool = False) -> None:
+        super().__init__()
+        self.network = torch.compile(network) if compiled else network
+        self.precision = precision
+        self.training = network.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, in bfloat16 arithmetic where it is safe if the precision is bf16."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            z: Tensor = self.network(x)
+        return z.float()
