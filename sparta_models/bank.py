@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from sparta_models.activations import Activation
 from sparta_models.files import read_bank, write_bank
-from sparta_models.sites import ActivationSpec, Site, SiteInfo, activation_spec, install, named_sites, sites, unwrap
+from sparta_models.sites import (
+    ActivationSpec,
+    Site,
+    SiteInfo,
+    activation_spec,
+    install,
+    like,
+    named_sites,
+    sites,
+    unwrap,
+)
 from sparta_models.transfer import adapt_tensors, match
 
 
@@ -102,6 +112,7 @@ class ActivationBank:
             activation = self.spec.build(site.num_channels)
             tensors = adapt_tensors(entry.tensors, activation.state_dict(), entry.site, info, adapt)
             activation.load_state_dict(tensors)
+            like(unwrap(model), activation)
             return activation.freeze() if freeze else activation
 
         install(model, self.spec, make)
@@ -128,17 +139,36 @@ class ActivationBank:
             aren't finite.
         """
         tensors, meta = read_bank(Path(directory))
-        infos = tuple(SiteInfo(**info) for info in meta["sites"])
-        entries: dict[str, Entry] = {}
-        for info in infos:
-            own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == info.key}
-            entries.setdefault(info.key, Entry(info, own))
-        bank = cls(ActivationSpec.parse(meta["activation"]), entries, infos, meta["architecture"], meta["source"])
+        try:
+            spec = ActivationSpec.parse(meta["activation"])
+            infos = tuple(SiteInfo(**info) for info in meta["sites"])
+            entries = _entries(spec, infos, tensors)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{directory}: expected sites and tensors of one activation, got: {error}") from error
+        bank = cls(spec, entries, infos, meta["architecture"], meta["source"])
         if bank.digest != meta["digest"]:
             raise ValueError(
                 f"expected a bank with digest {meta['digest']}, got {bank.digest}; the files don't belong together"
             )
         return bank
+
+
+def _entries(spec: ActivationSpec, infos: tuple[SiteInfo, ...], tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Group tensors by key and compare them with what the activation holds."""
+    entries: dict[str, Entry] = {}
+    for info in infos:
+        own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == info.key}
+        entries.setdefault(info.key, Entry(info, own))
+    for key, entry in entries.items():
+        with torch.device("meta"):
+            wanted = {k: tuple(v.shape) for k, v in spec.build(entry.site.channels).state_dict().items()}
+        got = {k: tuple(v.shape) for k, v in entry.tensors.items()}
+        if got != wanted:
+            raise ValueError(f"shapes {got} under {key!r} where {spec.name!r} has {wanted}")
+    strangers = sorted(k for k in tensors if k.rpartition("/")[0] not in entries)
+    if strangers:
+        raise ValueError(f"tensors that belong to no site: {', '.join(strangers)}")
+    return entries
 
 
 def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

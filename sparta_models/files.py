@@ -13,15 +13,21 @@ from torch import Tensor
 
 SCHEMA = 1
 TENSORS, META = "bank.safetensors", "bank.json"
-_KEYS = {"schema", "activation", "architecture", "source", "sites", "digest", "sha256"}
+_KEYS = {"schema", "activation", "architecture", "source", "sites", "digest", "sha256", "seal"}
 
 
 def write_bank(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-    """Write the tensors, then the description that seals them with their sha256."""
+    """Write the tensors, then the description that names their sha256 and is sealed by its own.
+
+    Raises:
+        ValueError: for values that aren't finite.
+    """
     from safetensors.torch import save
 
+    _check_finite(directory / TENSORS, tensors)
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     sealed = {"schema": SCHEMA, **meta, "sha256": hashlib.sha256(data).hexdigest()}
+    sealed["seal"] = _seal(sealed)
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / TENSORS, data)
     _write(directory / META, json.dumps(sealed, indent=1, sort_keys=True).encode())
@@ -62,10 +68,20 @@ def read_bank(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = load(data)
     except SafetensorError as error:
         raise ValueError(f"{directory / TENSORS}: expected a safetensors file, got: {error}") from error
+    _check_finite(directory / TENSORS, tensors)
+    return tensors, meta
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{directory / TENSORS}: expected finite values, got NaN or infinity in {name!r}")
-    return tensors, meta
+            raise ValueError(f"{path}: expected finite values, got NaN or infinity in {name!r}")
+
+
+def _seal(meta: Mapping[str, Any]) -> str:
+    """sha256 over everything else in the description."""
+    rest = {key: value for key, value in meta.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> bytes:
@@ -87,4 +103,6 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected schema {SCHEMA}, got {got}; write the bank again with this version")
     if set(meta) != _KEYS:
         raise ValueError(f"{path}: expected keys {sorted(_KEYS)}, got {sorted(meta)}")
+    if meta["seal"] != _seal(meta):
+        raise ValueError(f"{path}: expected seal {_seal(meta)}, got {meta['seal']}; the file is altered")
     return meta

@@ -120,11 +120,6 @@ class ActivationSpec:
             shapes = [{k: v.shape for k, v in self.build(c).state_dict().items()} for c in (8, 16)]
         return shapes[0] == shapes[1]
 
-    def shared_key(self, site: Site, any_width: bool) -> str:
-        """Key of the function that a site shares."""
-        name = "network" if self.sharing == "network" else f"stage{site.stage}"
-        return name if any_width else f"{name}_c{site.num_channels}"
-
 
 def named_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     """Iterate over (name, site), in the order of registration, which in the zoo is the order of the calls."""
@@ -166,17 +161,24 @@ def install(
     places = [site for _, site in named_sites(root)]
     if not places:
         raise ValueError("expected a network with activation sites, got none; use build_model or convert first")
-    make = make or (lambda site: spec.build(site.num_channels))
+    make = make or (lambda site: like(root, spec.build(site.num_channels)))
+    keys: list[str | None] = [None] * len(places) if spec.sharing == "site" else list(_shared_keys(places, spec))
+    shared: dict[str, Activation] = {}
+    # All are built before the first is put in, so that a failure leaves the network as it was.
+    functions = []
+    for site, key in zip(places, keys, strict=True):
+        functions.append(shared.get(key or "") or make(site))
+        if key is not None:
+            shared[key] = functions[-1]
     root._modules.pop("shared_activations", None)
-    if spec.sharing == "site":
-        for site in places:
-            site.fill(make(site))
-    else:
-        root.shared_activations = _share(places, spec, make)
-    set_activation_spec(root, spec)
+    if shared:
+        root.shared_activations = nn.ModuleDict(shared)
+    for site, function, key in zip(places, functions, keys, strict=True):
+        site.fill(function, key)
+    object.__setattr__(root, "_activation_spec", spec)
 
 
-def _share(places: list[Site], spec: ActivationSpec, make: Callable[[Site], Activation]) -> nn.ModuleDict:
+def _shared_keys(places: list[Site], spec: ActivationSpec) -> Iterator[str]:
     any_width = spec.any_width()
     widths = sorted({site.num_channels for site in places})
     if spec.sharing == "network" and not any_width and len(widths) > 1:
@@ -185,24 +187,24 @@ def _share(places: list[Site], spec: ActivationSpec, make: Callable[[Site], Acti
             f'{spec.name!r} with one set of parameters per channel; use sharing="stage", or an activation whose '
             'parameters all channels share (for "sparta": variant="shared")'
         )
-    shared = nn.ModuleDict()
     for site in places:
-        key = spec.shared_key(site, any_width)
-        if key not in shared:
-            shared[key] = make(site)
-        site.fill(cast(Activation, shared[key]), key)
-    return shared
+        name = "network" if spec.sharing == "network" else f"stage{site.stage}"
+        yield name if any_width else f"{name}_c{site.num_channels}"
+
+
+def like(root: nn.Module, activation: Activation) -> Activation:
+    """Move an activation to the network's device, type and mode."""
+    first = next(root.parameters(), None)
+    if first is not None:
+        activation.to(first.device, first.dtype)
+    return activation.train(root.training)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside DistributedDataParallel and torch.compile."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+    """Return the network inside wrappers such as DistributedDataParallel, AveragedModel and torch.compile's."""
+    while set(model._modules) in ({"module"}, {"_orig_mod"}):
+        model = next(model.children())
+    return model
 
 
 def activation_spec(model: nn.Module) -> ActivationSpec:
@@ -215,8 +217,3 @@ def activation_spec(model: nn.Module) -> ActivationSpec:
     if not isinstance(spec, ActivationSpec):
         raise ValueError("expected a network made by build_model or convert, got one without activation sites")
     return spec
-
-
-def set_activation_spec(model: nn.Module, spec: ActivationSpec) -> None:
-    """Note what stands at the sites of a network."""
-    object.__setattr__(model, "_activation_spec", spec)

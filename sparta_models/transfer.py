@@ -13,7 +13,8 @@ def match(target: Sequence[SiteInfo], source: Sequence[SiteInfo]) -> dict[str, S
 
     Stages >= 1 correspond by relative number (3 stages against 4: first to first, last to last); a stem goes to a
     stem, or, where the source has none, to the first stage. Blocks correspond by relative depth in their stage, sites
-    by relative position in their block, so that the site behind a residual addition gets the function of such a site.
+    by relative position in their block, so that the site behind a residual addition gets the function of such a site. Where there is one block it
+    gets the first, where there is one site in the block it gets the last.
     """
     return {site.name: _nearest(site, target, source) for site in target}
 
@@ -22,10 +23,11 @@ def _nearest(site: SiteInfo, target: Sequence[SiteInfo], source: Sequence[SiteIn
     stage = _stage(site.stage, _stages(target), _stages(source))
     candidates = [s for s in source if s.stage == stage]
     own = [s for s in target if s.stage == site.stage]
-    block = _relative(site.block, max(s.block for s in own), max(s.block for s in candidates))
+    block = _relative(site.block, max(s.block for s in own), max(s.block for s in candidates), alone=0)
     candidates = [s for s in candidates if s.block == block]
     own = [s for s in own if s.block == site.block]
-    position = _relative(site.position, len(own) - 1, len(candidates) - 1)
+    last = len(candidates) - 1
+    position = _relative(site.position, len(own) - 1, last, alone=last)
     return candidates[position]
 
 
@@ -39,14 +41,13 @@ def _stage(stage: int, target: Sequence[int], source: Sequence[int]) -> int:
     bodies = [[s for s in stages if s > 0] or list(stages) for stages in (target, source)]
     if stage not in bodies[0]:
         return bodies[1][0]
-    return bodies[1][_relative(bodies[0].index(stage), len(bodies[0]) - 1, len(bodies[1]) - 1)]
+    return bodies[1][_relative(bodies[0].index(stage), len(bodies[0]) - 1, len(bodies[1]) - 1, alone=0)]
 
 
-def _relative(index: int, last: int, other_last: int) -> int:
-    """Index in 0 .. other_last at the same relative depth as index in 0 .. last; a single place corresponds to the
-    last."""
+def _relative(index: int, last: int, other_last: int, *, alone: int) -> int:
+    """Index in 0 .. other_last at the same relative depth as index in 0 .. last; `alone` where last is 0."""
     if last == 0:
-        return other_last
+        return alone
     # Halves round down, in integers, so that no platform decides differently.
     return (2 * index * other_last + last - 1) // (2 * last)
 

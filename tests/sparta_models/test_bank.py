@@ -1,0 +1,397 @@
+"""The bank: what it takes out, how it maps to other networks, what frozen means, and which files it refuses."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparta_models import ActivationBank, build_model, frozen_parameters, sites
+from sparta_models.files import _seal
+from sparta_models.transfer import match
+
+
+def trained(name="resnet8", activation="sparta", seed=0, **kwargs):
+    """A network whose activations are away from their starting points."""
+    torch.manual_seed(seed)
+    model = build_model(name, activation=activation, **{"width": 4, **kwargs})
+    with torch.no_grad():
+        for site in sites(model):
+            for parameter in model.get_submodule(site.name).function.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def function(model, name):
+    return model.get_submodule(name).function
+
+
+def step(model, optimizer, size=8):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(torch.rand(4, 3, size, size)), torch.tensor([0, 1, 2, 3])).backward()
+    optimizer.step()
+
+
+ACTIVATIONS = ["sparta", "frelu", "acon_c", {"name": "sparta", "sharing": "stage"}, "relu", "atac"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_save_and_load_give_an_equal_bank(tmp_path, activation):
+    bank = ActivationBank.from_model(trained(activation=activation), source={"dataset": "digits"})
+    loaded = ActivationBank.load(bank.save(tmp_path / "bank"))
+    assert loaded == bank
+    assert loaded.digest == bank.digest
+    assert (loaded.sites, loaded.architecture, loaded.source) == (bank.sites, "resnet8", {"dataset": "digits"})
+    assert sorted(p.name for p in (tmp_path / "bank").iterdir()) == ["bank.json", "bank.safetensors"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_a_bank_put_back_gives_the_same_outputs(activation):
+    source = trained(activation=activation).eval()
+    target = build_model("resnet8", activation="relu", width=4).eval()
+    rest = {k: v for k, v in source.state_dict().items() if k in target.state_dict()}
+    target.load_state_dict(rest)
+    ActivationBank.from_model(source).apply_to(target)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(target(x), source(x))
+    assert ActivationBank.from_model(target) == ActivationBank.from_model(source)
+
+
+def test_the_digest_sees_values_options_and_nothing_else():
+    model = trained()
+    bank = ActivationBank.from_model(model)
+    assert ActivationBank.from_model(model, source={"dataset": "other"}) == bank
+    nn.init.normal_(model.conv1.weight)
+    assert ActivationBank.from_model(model) == bank
+    with torch.no_grad():
+        function(model, "layer2.0.act1").gate.weight[0, 0, 0, 0] += 1e-6
+    assert ActivationBank.from_model(model) != bank
+    assert ActivationBank.from_model(build_model("resnet8", activation="silu")) != ActivationBank.from_model(
+        build_model("resnet8", activation="mish")
+    )
+
+
+def test_a_bank_is_a_copy():
+    model = trained()
+    bank = ActivationBank.from_model(model)
+    before = bank.digest
+    with torch.no_grad():
+        function(model, "act1").gate.weight.zero_()
+    assert bank.digest == before
+
+
+def names(target, source, stage):
+    a, b = (sites(build_model(n, activation="relu", width=4)) for n in (target, source))
+    plan = match(a, b)
+    return {s.name: plan[s.name].name for s in a if s.stage == stage}
+
+
+def test_resnet18_goes_to_resnet34_by_stage_and_relative_depth():
+    assert names("resnet34", "resnet18", 0) == {"act1": "act1"}
+    blocks = [0, 0, 0, 1, 1, 1]
+    expected = {f"layer3.{i}.act{j}": f"layer3.{b}.act{j}" for i, b in enumerate(blocks) for j in (1, 2)}
+    assert names("resnet34", "resnet18", 3) == expected
+
+
+def test_in_a_bottleneck_the_last_site_gets_the_function_from_behind_an_addition():
+    plan = names("resnet50", "resnet34", 1)
+    assert [plan[f"layer1.0.act{j}"] for j in (1, 2, 3)] == ["layer1.0.act1", "layer1.0.act1", "layer1.0.act2"]
+
+
+def test_other_numbers_of_stages_correspond_by_relative_number():
+    assert set(names("resnet18", "resnet8", 1).values()) == {"layer1.0.act1", "layer1.0.act2"}
+    assert set(names("resnet18", "resnet8", 4).values()) == {"layer3.0.act1", "layer3.0.act2"}
+    assert {v.split(".")[0] for v in names("vgg16_bn", "resnet18", 5).values()} == {"layer4"}
+    assert {v.split(".")[0] for v in names("wideresnet28_10", "resnet18", 3).values()} == {"layer4"}
+
+
+def test_a_stem_without_a_counterpart_gets_the_first_stages_function():
+    assert names("resnet18", "preactresnet18", 0) == {"act1": "layer1.0.act2"}
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50", "vgg16_bn", "wideresnet28_10", "preactresnet18"])
+def test_a_network_maps_to_itself_site_by_site(name):
+    places = sites(build_model(name, activation="relu", width=4))
+    assert match(places, places) == {s.name: s for s in places}
+
+
+@pytest.mark.parametrize("adapt", ["mean", "interpolate"])
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("resnet34", {"width": 4}),
+        ("resnet34", {"width": 4, "stem": "imagenet"}),
+        ("resnet50", {"width": 4}),
+        ("wideresnet28_10", {"width": 4, "widen": 2}),
+        ("wideresnet34_10", {"width": 4, "widen": 1}),
+        ("vgg16_bn", {"width": 2}),
+        ("preactresnet18", {"width": 8}),
+        ("mobilenet_v2", {"width_mult": 0.1}),
+    ],
+)
+def test_a_resnet18_bank_runs_frozen_in_every_other_network(target, options, adapt):
+    bank = ActivationBank.from_model(trained("resnet18"))
+    model = build_model(target, activation="relu", **options)
+    bank.apply_to(model, adapt=adapt)
+    before = ActivationBank.from_model(model).digest
+    step(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), size=32)
+    assert ActivationBank.from_model(model).digest == before
+    assert {info.channels for info in sites(model)} == {
+        function(model, info.name).num_channels for info in sites(model)
+    }
+
+
+def test_equal_widths_are_copied_exactly_with_or_without_a_rule():
+    bank = ActivationBank.from_model(trained("resnet18"))
+    plain, ruled = (build_model("resnet34", width=4) for _ in range(2))
+    bank.apply_to(plain)
+    bank.apply_to(ruled, adapt="mean")
+    assert ActivationBank.from_model(plain) == ActivationBank.from_model(ruled)
+    kernel = function(plain, "layer3.5.act2").gate.weight
+    assert torch.equal(kernel, bank.entries["layer3.1.act2"].tensors["gate.weight"])
+
+
+def test_mean_rule_gives_every_channel_the_mean_kernel():
+    bank = ActivationBank.from_model(trained("resnet18"))
+    model = bank.apply_to(build_model("resnet18", width=6), adapt="mean")
+    mean = bank.entries["layer1.0.act1"].tensors["gate.weight"].mean(0, keepdim=True)
+    torch.testing.assert_close(function(model, "layer1.0.act1").gate.weight, mean.expand(6, 1, 3, 3))
+
+
+def test_interpolate_rule_is_linear_in_the_channels_number():
+    bank = ActivationBank.from_model(trained("resnet18"))
+    model = bank.apply_to(build_model("resnet18", width=7), adapt="interpolate")
+    old, new = bank.entries["act1"].tensors["gate.weight"], function(model, "act1").gate.weight
+    torch.testing.assert_close(new[::2], old)
+    torch.testing.assert_close(new[1::2], (old[:-1] + old[1:]) / 2)
+
+
+def test_one_shared_kernel_needs_no_rule():
+    activation = {"name": "sparta", "variant": "shared", "sharing": "network"}
+    bank = ActivationBank.from_model(trained("resnet8", activation))
+    model = bank.apply_to(build_model("resnet18", activation="relu", width=6))
+    assert torch.equal(model.shared_activations["network"].gate.weight, bank.entries["network"].tensors["gate.weight"])
+
+
+def test_another_width_without_a_rule_is_refused_naming_both_widths_and_the_rules():
+    bank = ActivationBank.from_model(trained("resnet18"))
+    with pytest.raises(
+        ValueError, match=r"expected 8 channels at site 'act1', got a function for 4 .*interpolate, mean"
+    ):
+        bank.apply_to(build_model("resnet18", width=8))
+    with pytest.raises(ValueError, match="unknown adapt rule 'nearest'; known: interpolate, mean"):
+        bank.apply_to(build_model("resnet18", width=8), adapt="nearest")
+
+
+def test_a_refused_bank_leaves_the_network_as_it_was():
+    model = trained("resnet18", width=8)
+    before = ActivationBank.from_model(model)
+    with pytest.raises(ValueError, match="expected 8 channels"):
+        ActivationBank.from_model(trained("resnet18")).apply_to(model)
+    assert ActivationBank.from_model(model) == before
+
+
+def test_unfrozen_application_trains():
+    bank = ActivationBank.from_model(trained())
+    model = bank.apply_to(build_model("resnet8", width=4), freeze=False)
+    assert frozen_parameters(model) == {}
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert ActivationBank.from_model(model) != bank
+
+
+@pytest.fixture(params=["sparta", "frelu", {"name": "sparta", "sharing": "stage", "bias": True}], ids=str)
+def frozen(request):
+    bank = ActivationBank.from_model(trained(activation=request.param))
+    return bank, bank.apply_to(build_model("resnet8", width=4))
+
+
+def test_frozen_survives_training_with_weight_decay_in_an_optimizer_of_all_parameters(frozen):
+    bank, model = frozen
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
+    weight = model.conv1.weight.clone()
+    for _ in range(3):
+        model.train()
+        step(model, optimizer)
+    assert not torch.equal(model.conv1.weight, weight)
+    assert ActivationBank.from_model(model) == bank
+
+
+def test_frozen_survives_ema(frozen):
+    bank, model = frozen
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(5):
+        step(model, optimizer)
+        ema.update_parameters(model)
+    assert ActivationBank.from_model(ema) == bank
+
+
+def test_frozen_survives_a_checkpoint_of_the_same_and_refuses_one_of_others(frozen):
+    bank, model = frozen
+    model.load_state_dict(model.state_dict())
+    assert ActivationBank.from_model(model) == bank
+    other = trained(activation=bank.spec.mapping(), seed=5)
+    with pytest.raises(RuntimeError, match="expected the frozen values, got others"):
+        model.load_state_dict(other.state_dict())
+    assert ActivationBank.from_model(model) == bank
+
+
+def test_frozen_survives_distributed_data_parallel(frozen, tmp_path):
+    bank, model = frozen
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(model)
+        step(parallel, torch.optim.SGD(parallel.parameters(), lr=0.5, weight_decay=0.1))
+        assert ActivationBank.from_model(parallel) == bank
+        assert set(frozen_parameters(parallel)) == set(frozen_parameters(model))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_shared_function_trains_under_distributed_data_parallel(tmp_path):
+    model = trained(activation={"name": "sparta", "sharing": "stage"})
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        before = ActivationBank.from_model(model)
+        parallel = DistributedDataParallel(model)
+        step(parallel, torch.optim.SGD(parallel.parameters(), lr=0.5))
+        assert ActivationBank.from_model(model) != before
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_frozen_parameters_are_those_of_the_activations(frozen):
+    _, model = frozen
+    held = {id(p) for p in frozen_parameters(model).values()}
+    assert held == {id(p) for s in sites(model) for p in function(model, s.name).parameters()}
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in frozen_parameters(model).items())
+    assert not any(p.requires_grad for p in frozen_parameters(model).values())
+
+
+def test_application_follows_the_networks_type_and_mode():
+    model = build_model("resnet8", width=4).double().eval()
+    ActivationBank.from_model(trained()).apply_to(model)
+    assert function(model, "act1").gate.weight.dtype == torch.float64
+    assert model(torch.rand(2, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
+
+
+def reseal(directory, **changes):
+    path = directory / "bank.json"
+    meta = {**json.loads(path.read_text()), **changes}
+    meta["sha256"] = hashlib.sha256((directory / "bank.safetensors").read_bytes()).hexdigest()
+    path.write_text(json.dumps({**meta, "seal": _seal(meta)}))
+
+
+def edit_tensors(directory, edit):
+    path = directory / "bank.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def flip_a_byte(directory):
+    path = directory / "bank.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def truncate(name):
+    def cut(directory):
+        path = directory / name
+        path.write_bytes(path.read_bytes()[:-20])
+
+    return cut
+
+
+def put_nan(directory):
+    edit_tensors(directory, lambda t: t["act1/gate.weight"].fill_(float("nan")))
+    reseal(directory)
+
+
+def put_other_values(directory):
+    edit_tensors(directory, lambda t: t["act1/gate.weight"].add_(1))
+    reseal(directory)
+
+
+def put_another_shape(directory):
+    edit_tensors(directory, lambda t: t.update({"act1/gate.weight": torch.ones(4, 1, 5, 5)}))
+    reseal(directory)
+
+
+def put_a_stranger(directory):
+    edit_tensors(directory, lambda t: t.update({"act9/gate.weight": torch.ones(4, 1, 3, 3)}))
+    reseal(directory)
+
+
+def edit_text(old, new):
+    def edit(directory):
+        path = directory / "bank.json"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return edit
+
+
+def replace_by_pickle(directory):
+    torch.save({"act1/gate.weight": torch.ones(4, 1, 3, 3)}, directory / "bank.safetensors")
+    reseal(directory)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (flip_a_byte, "expected sha256 .*damaged or altered"),
+        (truncate("bank.safetensors"), "expected sha256 .*damaged or altered"),
+        (truncate("bank.json"), "expected JSON"),
+        (put_nan, "expected finite values, got NaN or infinity in 'act1/gate.weight'"),
+        (put_other_values, "expected a bank with digest"),
+        (put_another_shape, r"shapes .*\(4, 1, 5, 5\).* where 'sparta' has .*\(4, 1, 3, 3\)"),
+        (put_a_stranger, "tensors that belong to no site: act9/gate.weight"),
+        (replace_by_pickle, "expected a safetensors file"),
+        (edit_text('"schema": 1', '"schema": 7'), "expected schema 1, got 7"),
+        (edit_text('"stage": 1', '"stage": 2'), "expected seal .* the file is altered"),
+        (edit_text('"resnet8"', '"resnet9"'), "expected seal .* the file is altered"),
+        (edit_text('"digest"', '"digits"'), "expected keys"),
+        (lambda d: reseal(d, activation={"name": "sparter"}), "unknown activation 'sparter'"),
+        (lambda d: reseal(d, activation={"name": "sparta", "size": 3}), "unexpected keyword argument 'size'"),
+        (lambda d: reseal(d, sites=[{"name": "act1"}]), "missing .* required"),
+        (lambda d: (d / "bank.json").write_text("[]"), "expected schema 1, got list"),
+        (lambda d: (d / "bank.safetensors").unlink(), "no readable .*bank.safetensors"),
+        (lambda d: (d / "bank.json").unlink(), "no readable .*bank.json"),
+    ],
+)
+def test_files_that_are_amiss_are_refused(tmp_path, harm, message):
+    directory = ActivationBank.from_model(trained()).save(tmp_path)
+    assert ActivationBank.load(directory)
+    harm(directory)
+    with pytest.raises(ValueError, match=message):
+        ActivationBank.load(directory)
+
+
+def test_a_bank_with_nan_is_not_written(tmp_path):
+    model = trained()
+    torch.nn.init.constant_(function(model, "act1").gate.weight, float("nan"))
+    with pytest.raises(ValueError, match="expected finite values, got NaN or infinity"):
+        ActivationBank.from_model(model).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_bank(tmp_path, monkeypatch):
+    bank = ActivationBank.from_model(trained())
+    bank.save(tmp_path)
+    monkeypatch.setattr("sparta_models.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        ActivationBank.from_model(trained(seed=3)).save(tmp_path)
+    assert ActivationBank.load(tmp_path) == bank
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank.json", "bank.safetensors"]
+
+
+def test_a_network_without_sites_has_no_bank():
+    with pytest.raises(ValueError, match="expected a network made by build_model or convert"):
+        ActivationBank.from_model(nn.Conv2d(3, 3, 3))
