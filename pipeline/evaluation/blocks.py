@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifacts import canonical
 from pipeline.config.evaluation import AttackConfig, EvaluationConfig, PGDAttack, ThreatModel, TransferAttack
 from pipeline.evaluation.attacks import run_attack
 
@@ -36,10 +37,50 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Global random numbers that a model may draw come from `seed`; the caller's state is left alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def model_digest(model: nn.Module) -> str:
+    """sha256 over the class names and every tensor of the state_dict: names, dtypes, shapes and bytes."""
+    state = hashlib.sha256("/".join(type(module).__qualname__ for module in model.modules()).encode())
+    for name, tensor in model.state_dict().items():
+        state.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
 def derived_seed(seed: int, *labels: object) -> int:
     """A 31-bit seed for one purpose, independent of all others."""
     text = "/".join(map(str, (seed, *labels)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+class _Connected(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return logits + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def attackable(model: nn.Module, x: Tensor) -> nn.Module:
+    """`model` itself; or where no gradient reaches its input (a detach inside), the same function with a zero gradient.
+
+    So gradient attacks come back empty-handed instead of raising, and black-box attacks and the audit can tell.
+    """
+    inner = x[:1].detach().requires_grad_()
+    with torch.enable_grad():
+        total = model(inner).sum()
+    if total.requires_grad and torch.autograd.grad(total, inner, allow_unused=True)[0] is not None:
+        return model
+    return _Connected(model)
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
@@ -67,7 +108,7 @@ class _Cascade:
             self.warnings += [f"{attack.name}: {warning}" for warning in warnings]
             self.x_adv[alive] = x_adv
             self.correct[alive] = predict(self.model, x_adv) == y
-        return self.correct.cpu().numpy()
+        return self.correct.cpu().numpy().copy()
 
 
 def _require_inside(x_adv: Tensor, x: Tensor, threat: ThreatModel, name: str) -> None:
@@ -99,7 +140,8 @@ def judge_block(
     Returns:
         Arrays over the block: y, predicted, correct/..., curve/<i>, picture/..., x and x_adv, and the warnings.
     """
-    with evaluating(model):
+    with evaluating(model), own_random_state(derived_seed(seed, "model", block)):
+        model = attackable(model, x)
         predicted = predict(model, x)
         clean = predicted == y
         found: Arrays = {

@@ -1,6 +1,5 @@
 """Evaluation of one model: blocks of the test split, in one process or over many, merged into one record."""
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,25 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts import canonical, digest_file, fingerprint
+from pipeline.artifacts import digest_file, fingerprint
 from pipeline.config.evaluation import EvaluationConfig, ThreatModel
 from pipeline.data import PreparedData, open_split
-from pipeline.evaluation.blocks import OTHER_ATTACKS, Arrays, diverse, judge_block, load_arrays, save_arrays
+from pipeline.evaluation.blocks import (
+    OTHER_ATTACKS,
+    Arrays,
+    diverse,
+    judge_block,
+    load_arrays,
+    model_digest,
+    save_arrays,
+)
 from pipeline.evaluation.records import ARRAYS, AttackResult, ClassResult, CurvePoint, Evaluation
 from pipeline.evaluation.stats import Accuracy
 
 _LOG = logging.getLogger(__name__)
 _BLOCKS = "blocks"
 _VERSION = 1
-
-
-def model_digest(model: nn.Module) -> str:
-    """sha256 over the class names and every tensor of the state_dict: names, dtypes, shapes and bytes."""
-    state = hashlib.sha256("/".join(type(module).__qualname__ for module in model.modules()).encode())
-    for name, tensor in model.state_dict().items():
-        state.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 def evaluate(
@@ -172,8 +170,7 @@ def _block_directory(
 
 
 def _num_examples(prepared: PreparedData, config: EvaluationConfig) -> int:
-    with open_split(prepared, "test", batch_size=config.block_size) as loader:
-        available = loader.num_samples
+    available = prepared.splits["test"].count
     if config.num_examples is not None and config.num_examples > available:
         raise ValueError(f"expected evaluation.num_examples <= {available} (the test split), got {config.num_examples}")
     return config.num_examples or available

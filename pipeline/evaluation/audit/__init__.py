@@ -1,0 +1,91 @@
+"""The gradient-masking audit: sixteen checks on any model, one module each.
+
+Each gives a verdict (pass, warn, fail, or skip where it does not apply), its figure and its thresholds. They follow
+Athalye et al. (2018, arXiv 1802.00420), Carlini et al. (2019, 1902.06705) and Tramer et al. (2020, 2002.08347), and add
+what a gated activation calls for.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor, nn
+
+from pipeline.config.evaluation import ThreatModel
+from pipeline.evaluation.audit import (
+    black_box,
+    bpda,
+    convergence,
+    determinism,
+    eps_curve,
+    finite_difference,
+    frozen,
+    gate_attack,
+    gate_saturation,
+    gradient_census,
+    loss_surface,
+    losses,
+    noise,
+    one_step,
+    random_gate,
+    transfer,
+)
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.blocks import attackable, evaluating, model_digest, own_random_state
+from pipeline.evaluation.records import AuditReport, Check
+
+CHECKS: tuple[Callable[[Subject], Check], ...] = (
+    one_step.check,
+    convergence.check,
+    eps_curve.check,
+    black_box.check,
+    transfer.check,
+    noise.check,
+    losses.check,
+    gradient_census.check,
+    gate_saturation.check,
+    bpda.check,
+    gate_attack.check,
+    finite_difference.check,
+    determinism.check,
+    loss_surface.check,
+    random_gate.check,
+    frozen.check,
+)
+_LOG = logging.getLogger(__name__)
+
+
+def audit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    budget: Literal["quick", "full"],
+    *,
+    seed: int,
+    reference: nn.Module | None = None,
+) -> AuditReport:
+    """Look for gradient masking.
+
+    Args:
+        model: logits (B, num_classes) from x in [0, 1]; float32. It is looked at in eval mode and left as it was.
+        x, y: images (N, C, H, W) and labels (N,).
+        threat: the adversary that the robustness claim is about.
+        budget: effort of the attacks; promotion in the registry needs "full".
+        seed: of every random number.
+        reference: another model on the same data, say the ReLU control, for transfer attacks.
+
+    Raises:
+        ValueError: no images.
+    """
+    if not len(y):
+        raise ValueError("expected images to audit, got none")
+    with evaluating(model), own_random_state(seed):
+        subject = Subject(attackable(model, x), x, y, threat, budget, seed, reference)
+        for check in CHECKS:
+            found = check(subject)
+            subject.so_far.append(found)
+            _LOG.info("audit %2d %-18s %-4s %s", found.number, found.name, found.verdict, found.summary)
+    return AuditReport(
+        budget=budget, n=len(y), threat=threat, model_digest=model_digest(model), checks=tuple(subject.so_far)
+    )

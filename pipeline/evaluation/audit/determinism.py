@@ -1,0 +1,35 @@
+"""13: the same image gives the same logits: called again, alone or in company; and a forward pass leaves no trace."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.evaluation.audit.subject import Subject, judged
+from pipeline.evaluation.records import Check
+
+WARN, FAIL = 1e-4, 1e-3
+
+
+def check(subject: Subject) -> Check:
+    """Figure: largest change of a logit, in units of the logits' spread; 1 more where the state changed."""
+    x = subject.all_x[: subject.effort.num_probed]
+    before = _state(subject.model)
+    with torch.no_grad():
+        logits = subject.model(x)
+        again = subject.model(x)
+        reversed_order = subject.model(x.flip(0)).flip(0)
+        alone = torch.cat([subject.model(image[None]) for image in x])
+        company = subject.model(torch.cat([x, 1 - x]))[: len(x)]
+    changed = any(not torch.equal(old, new) for old, new in zip(before, _state(subject.model), strict=True))
+    spread = logits.std().clamp_min(1e-12)
+    others = {"called again": again, "other order": reversed_order, "alone": alone, "other company": company}
+    changes = {name: float((other - logits).abs().max() / spread) for name, other in others.items()}
+    return judged(
+        13, "determinism", max(changes.values()) + float(changed), warn=WARN, fail=FAIL,
+        summary="largest change of a logit, in units of the logits' spread, between calls and batches"
+        + ("; a forward pass changed buffers of the model" if changed else ""),
+        details=dict(changes),
+    )  # fmt: skip
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]

@@ -1,0 +1,57 @@
+"""12: autograd tells the truth: directional derivatives against central differences in float64.
+
+For each of some images the derivative of a random combination of the logits, along random directions and along the
+gradient; gradcheck's fast mode makes the same comparison.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.evaluation.audit.subject import Subject, judged, skipped
+from pipeline.evaluation.records import Check
+
+WARN, FAIL = 0.05, 0.2
+STEP = 1e-5
+"""Half the distance of the two evaluations, in pixel units: far above rounding, far below a kink's spacing."""
+TOLERANCE = 1e-2
+"""Largest relative error; a kink of a piecewise linear network inside the step is worse, but rare."""
+_DIRECTIONS = 4
+
+
+def check(subject: Subject) -> Check:
+    """Figure: share of directional derivatives that are wrong."""
+    x = subject.x[: subject.effort.num_probed].double()
+    if not len(x):
+        return skipped(12, "finite_difference", "no image is classified correctly")
+    generator = subject.problem("finite difference").generator()
+    try:
+        wrong, derivatives = _compare(subject, x, generator)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        return skipped(12, "finite_difference", f"the model does not run in float64: {type(error).__name__}: {error}")
+    return judged(
+        12, "finite_difference", float(wrong.float().mean()), warn=WARN, fail=FAIL,
+        summary=f"{int(wrong.sum())} of {wrong.numel()} directional derivatives differ from finite differences by more "
+        f"than {TOLERANCE:.0%}",
+        details={"median size of a derivative": float(derivatives.abs().median())},
+    )  # fmt: skip
+
+
+def _compare(subject: Subject, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(directions, B): which derivatives are wrong, and the finite differences."""
+    model, wrong, derivatives = subject.double, [], []
+    with torch.no_grad():
+        mix = torch.randn(model(x[:1]).shape[1], generator=generator).to(x)
+    inner = x.detach().requires_grad_()
+    value = (model(inner) @ mix).sum()
+    g = torch.autograd.grad(value, inner, allow_unused=True)[0] if value.requires_grad else None
+    g = torch.zeros_like(x) if g is None else g
+    along_g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    draws = [torch.randn(x.shape, generator=generator).to(x) for _ in range(_DIRECTIONS)]
+    for v in [along_g, *(v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for v in draws)]:
+        with torch.no_grad():
+            exact = (model(x + STEP * v) - model(x - STEP * v)) @ mix / (2 * STEP)
+        ours = (g * v).flatten(1).sum(1)
+        scale = torch.maximum(exact.abs(), ours.abs())
+        wrong.append((exact - ours).abs() > TOLERANCE * scale + 1e-9)
+        derivatives.append(exact)
+    return torch.stack(wrong), torch.stack(derivatives)

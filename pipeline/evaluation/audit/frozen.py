@@ -1,0 +1,32 @@
+"""16: all of it again on the frozen, transferred model: its activation is frozen, and no check failed on it.
+
+A transferred model is audited like any other; this check adds what only it must hold, after all attacks are done.
+"""
+
+from torch import nn
+
+from pipeline.evaluation.audit.subject import Subject, judged, skipped
+from pipeline.evaluation.records import Check
+from sparta_models import Activation
+
+WARN, FAIL = 0.0, 0.5
+
+
+def check(subject: Subject) -> Check:
+    """Figure: failed checks so far, plus frozen activations that ask for a gradient or are in training mode."""
+    modules = subject.model.named_modules()
+    frozen = {name: module for name, module in modules if isinstance(module, Activation) and module.frozen}
+    if not frozen:
+        return skipped(16, "frozen", "the model has no frozen activation: it was not made by a transfer")
+    loose = [name for name, module in frozen.items() if _is_loose(module)]
+    failed = [check.name for check in subject.so_far if check.verdict == "fail"]
+    return judged(
+        16, "frozen", float(len(failed) + len(loose)), warn=WARN, fail=FAIL,
+        summary=f"on {len(frozen)} frozen activations: checks failed: {', '.join(failed) or 'none'}; "
+        f"not frozen after all: {', '.join(loose) or 'none'}",
+    )  # fmt: skip
+
+
+def _is_loose(module: nn.Module) -> bool:
+    learns = any(parameter.requires_grad for parameter in module.parameters())
+    return learns or any(part.training for part in module.modules())

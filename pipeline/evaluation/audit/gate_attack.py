@@ -1,0 +1,65 @@
+"""11: attacks that aim at the gates themselves find nothing that the white-box attack missed.
+
+displace:     margin + w mean |phi(x_adv) - phi(x)|^2, away from the image's own gates
+impersonate:  margin - w mean |phi(x_adv) - phi(x')|^2, towards the gates of an image x' of another class
+Both are ascended by PGD as the margin of two logits, (0, objective).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.evaluation.attacks import STEP_RULE, Problem
+from pipeline.evaluation.audit.gates import gate_maps, gated_sites
+from pipeline.evaluation.audit.subject import Subject, beats, margin, skipped
+from pipeline.evaluation.records import Check
+from pipeline.training.attacks import pgd
+
+WEIGHT = 10.0
+"""Weight of the gates' mean square, which is at most 1 and mostly far below, beside a margin of a few units."""
+
+
+class _Aimed(nn.Module):
+    """Two logits whose margin, for label 0, is the objective."""
+
+    def __init__(self, model: nn.Module, y: Tensor, targets: list[Tensor], weight: float) -> None:
+        super().__init__()
+        self.model, self.y, self.targets, self.weight = model, y, targets, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, maps = gate_maps(self.model, x)
+        squares = [(phi - target).square().flatten(1).mean(1) for phi, target in zip(maps, self.targets, strict=True)]
+        goal = margin(logits, self.y) + self.weight * torch.stack(squares).mean(0)
+        return torch.stack([torch.zeros_like(goal), goal], dim=1)
+
+
+def check(subject: Subject) -> Check:
+    """Share of examples that only a gate-targeted attack fools."""
+    if not gated_sites(subject.model):
+        return skipped(11, "gate_attack", "the model has no gates")
+    problem, attacks = subject.survivors, {}
+    if len(problem.y):
+        others = _of_another_class(subject, problem)
+        attacks["displace"] = _aim(subject, problem, problem.x, WEIGHT)
+        attacks["impersonate"] = _aim(subject, problem, others, -WEIGHT)
+    return beats(11, "gate_attack", subject, attacks, "an attack on the gates")
+
+
+def _aim(subject: Subject, problem: Problem, at: Tensor, weight: float) -> Tensor:
+    with torch.no_grad():
+        targets = gate_maps(subject.model, at)[1]
+    aimed, steps, threat = (
+        _Aimed(subject.model, problem.y, targets, weight).eval(),
+        subject.effort.steps,
+        problem.threat,
+    )
+    return pgd(
+        aimed, problem.x, torch.zeros_like(problem.y), eps=threat.eps, step_size=STEP_RULE * threat.eps / steps,
+        steps=steps, norm=threat.norm, loss="margin", generator=problem.generator(),
+    )  # fmt: skip
+
+
+def _of_another_class(subject: Subject, problem: Problem) -> Tensor:
+    """For each image the nearest one (in pixels) among all that has another label."""
+    distance = torch.cdist(problem.x.flatten(1), subject.all_x.flatten(1))
+    distance[problem.y[:, None] == subject.all_y[None, :]] = torch.inf
+    return subject.all_x[distance.argmin(1)]
