@@ -1,0 +1,99 @@
+"""Writing a split in a process of its own, with a time limit: nothing FFCV does can hang or change the caller."""
+
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.errors import DataError
+from pipeline.data.write import SplitWork
+
+NO_FFCV = "ffcv: "
+"""How the message of a process begins that could not import FFCV."""
+
+
+class FfcvUnusableError(Exception):
+    """FFCV is installed but does not import."""
+
+
+@dataclass(frozen=True)
+class WriteJob:
+    """What `pipeline.data.write_job` is to write, and the file that takes the reason when it fails."""
+
+    splits: tuple[SplitWork, ...]
+    error: Path
+
+    def report(self, message: str) -> None:
+        """Leave the first message for the parent; renamed, so that it is never read half."""
+        if not self.error.exists():
+            temporary = self.error.with_suffix(f".{os.getpid()}")
+            temporary.write_text(message)
+            temporary.replace(self.error)
+
+
+def ffcv_installed() -> bool:
+    """Whether ffcv is there, found out without importing it."""
+    return importlib.util.find_spec("ffcv") is not None
+
+
+def write_apart(splits: Sequence[SplitWork], folder: Path, timeout: float) -> None:
+    """`write_split` for each split, in a process of its own, with a progress bar on a terminal.
+
+    Args:
+        folder: takes temporary files.
+        timeout: seconds for all splits together.
+
+    Raises:
+        DataError: a sample cannot be read, the time is up, or what was written is not what was read.
+        FfcvUnusableError: FFCV does not import there.
+    """
+    job = WriteJob(tuple(splits), folder / "write.error")
+    place, log = folder / "write.job", folder / "write.log"
+    place.write_bytes(pickle.dumps(job))
+    with log.open("wb") as output:
+        child = subprocess.Popen(  # noqa: S603, our own module and file
+            [sys.executable, "-m", "pipeline.data.write_job", str(place)],
+            stdout=output,
+            stderr=None if sys.stderr.isatty() else output,
+            start_new_session=True,  # so that FFCV's own workers end with it
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
+        )
+    try:
+        _wait(child, job, log, time.monotonic() + timeout)
+    finally:
+        _end(child)
+        place.unlink()
+        log.unlink()
+
+
+def _wait(child: "subprocess.Popen[bytes]", job: WriteJob, log: Path, deadline: float) -> None:
+    while child.poll() is None and not job.error.exists():
+        if time.monotonic() > deadline:
+            raise DataError("writing the splits took longer than data.timeout; raise it, or data.writers")
+        time.sleep(0.02)
+    if job.error.exists():
+        message = job.error.read_text()
+        if message.startswith(NO_FFCV):
+            raise FfcvUnusableError(message.removeprefix(NO_FFCV))
+        raise DataError(f"writing the splits failed: {message}")
+    if child.returncode:
+        tail = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise DataError(f"writing the splits failed with exit code {child.returncode}: {''.join(tail)}")
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """End the writer's process group; SIGTERM first, so that Python's tracker removes its shared memory."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(timeout=5)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,224 @@
+"""The adapter to FFCV: the only module that imports ffcv. Import it lazily, where a .beton is written or read.
+
+FFCV's file format, writer, index reader and native decoders (libjpeg-turbo, OpenCV) are used; its `Loader` is not.
+That class hangs on an exception, leaks a thread per abandoned epoch, overwrites batches that are kept, and pads shards
+with duplicates. Here a batch is decoded by one call that holds no state and releases the GIL, into memory of its own,
+so order, shards, prefetching and errors are the business of `pipeline.data.loader`, the same for every reader.
+"""
+
+import mmap
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_num_threads = torch.get_num_threads()
+# Importing ffcv sets torch to one thread, for the whole process.
+import ffcv.libffcv  # noqa: E402
+import numba  # noqa: E402
+from ffcv.fields import IntField, NDArrayField, RGBImageField  # noqa: E402
+from ffcv.fields.rgb_image import encode_jpeg  # noqa: E402
+from ffcv.reader import Reader  # noqa: E402
+from ffcv.writer import DatasetWriter  # noqa: E402
+from llvmlite import binding  # type: ignore[import-untyped]  # noqa: E402
+from numba import types  # noqa: E402
+
+torch.set_num_threads(_num_threads)
+
+from pipeline.data.errors import DataError  # noqa: E402
+from pipeline.data.samples import Pixels, Samples  # noqa: E402
+from pipeline.data.sidecar import Storage  # noqa: E402
+
+Integers = npt.NDArray[np.int64]
+
+_PAGE = 1 << 23
+_DROP_AFTER = 128 << 20
+"""Bytes read after which mapped pages are given back: they stay in the page cache, resident memory stays bounded."""
+
+# Named as symbols, not through ctypes pointers, so that numba may keep the compiled code on disk.
+binding.load_library_permanently(ffcv.libffcv.ffcv._libffcv.__file__)
+_u4, _u8, _pointer, _i8 = types.uint32, types.uint64, types.intp, types.int64
+_imdecode = types.ExternalFunction(
+    "imdecode", types.int32(_pointer, _u8, _u4, _u4, _pointer, *[_u4] * 6, types.boolean, types.boolean)
+)
+_resize = types.ExternalFunction("resize", types.void(*[_i8] * 11))
+_compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+@_compiled
+def _gather(data, starts, out):  # type: ignore[no-untyped-def]
+    for k in range(len(starts)):
+        out[k, :] = data[starts[k] : starts[k] + out.shape[1]]
+
+
+@_compiled
+def _decode(data, starts, sizes, shapes, boxes, scratch, out):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    for k in range(len(starts)):
+        height, width = shapes[k]
+        top, left, rows, columns = boxes[k]
+        packed = data[starts[k] : starts[k] + sizes[k]]
+        status = _imdecode(
+            packed.ctypes.data, sizes[k], height, width, scratch.ctypes.data, height, width, 0, 0, 1, 1, False, False
+        )
+        if status != 0:
+            return k
+        target = out[k]
+        _resize(
+            0, scratch.ctypes.data, height, width, top, top + rows, left, left + columns,
+            target.ctypes.data, target.shape[0], target.shape[1],
+        )  # fmt: skip
+    return -1
+
+
+def fields(storage: Storage, channels: int, size: int, quality: int) -> dict[str, Any]:
+    """FFCV's fields of a split: RGB images as `RGBImageField`, grey ones (which it cannot hold) as `NDArrayField`."""
+    if storage == "jpeg":
+        image = RGBImageField("jpg", jpeg_quality=quality)
+    elif channels == 3:
+        image = RGBImageField("raw")
+    else:
+        image = NDArrayField(np.dtype("u1"), (size, size, channels))
+    return {"image": image, "label": IntField()}
+
+
+def field_names(storage: Storage, channels: int) -> dict[str, str]:
+    """What the sidecar says of the fields."""
+    return {name: type(field).__name__ for name, field in fields(storage, channels, 1, 90).items()}
+
+
+def write(
+    samples: Samples, path: Path, *, storage: Storage, quality: int, writers: int, report: Callable[[str], None]
+) -> None:
+    """Write every sample. To be called in a process of its own, which the caller ends once `report` was called.
+
+    Args:
+        report: takes the reason when a worker fails: FFCV's writer itself would then wait for ever.
+    """
+    side = samples.size or samples.max_side
+    page = max(_PAGE, 1 << (side * side * 3).bit_length())
+    columns = fields(storage, samples.channels, side, quality)
+    writer = _ReportingWriter(str(path), columns, page_size=page, num_workers=writers)
+    writer.report = report
+    threading.Thread(target=_watch_workers, args=(report,), daemon=True).start()
+    writer.from_indexed_dataset(samples)
+
+
+class _ReportingWriter(DatasetWriter):  # type: ignore[misc]
+    report: Callable[[str], None]
+
+    def _write_common(self, num_samples: int, work: Any, function: Any, arguments: Any) -> None:
+        def reporting(*args: Any) -> None:
+            try:
+                function(*args)
+            except BaseException as error:
+                self.report(f"{type(error).__name__}: {error}")
+                raise
+
+        super()._write_common(num_samples, work, reporting, arguments)
+
+
+def _watch_workers(report: Callable[[str], None]) -> None:
+    """Report a worker that was killed from outside, for example for want of memory."""
+    seen: set[Any] = set()
+    while True:
+        seen.update(multiprocessing.active_children())
+        for worker in seen:
+            if worker.exitcode not in (None, 0):
+                report(f"a writer process ended with exit code {worker.exitcode} (killed, or out of memory?)")
+                return
+        time.sleep(0.2)
+
+
+class BetonReader:
+    """Random access to the images of a .beton that `check_file` has passed.
+
+    Raises:
+        DataError: the file is not FFCV's, or its fields are not those the sidecar names.
+    """
+
+    def __init__(self, path: Path, *, storage: Storage, expected: dict[str, str], size: int, channels: int) -> None:
+        self.storage, self.size, self.channels, self.streams = storage, size, channels, True
+        reader = _open(path, expected)
+        self.num_samples = int(reader.num_samples)
+        self.labels: Integers = reader.metadata["f1"].astype(np.int64)
+        image = reader.metadata["f0"]
+        self._starts: Integers = (image if image.dtype.names is None else image["data_ptr"]).astype(np.int64)
+        table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
+        self._sizes: Integers = table["size"].astype(np.int64)
+        self.shapes: Integers = np.full((self.num_samples, 2), size, dtype=np.int64)
+        if image.dtype.names is not None:
+            self.shapes = np.stack([image["height"], image["width"]], 1).astype(np.int64)
+        self._check_extent(path)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = np.frombuffer(self._map, np.uint8)
+        self._unreturned = 0
+
+    def _check_extent(self, path: Path) -> None:
+        end = int((self._starts + self._sizes).max(initial=0)) if len(self._sizes) == self.num_samples else -1
+        expected = self.size * self.size * self.channels
+        if not 0 <= end <= path.stat().st_size or (self.storage == "raw" and (self._sizes != expected).any()):
+            raise DataError(f"{path}: its index does not fit its content; delete the folder and prepare again")
+
+    def read(self, indices: Integers, boxes: Integers | None = None) -> Pixels:
+        """Images uint8 (B, S, S, C) in new memory.
+
+        Args:
+            indices: (B,) positions in the file.
+            boxes: (B, 4) top, left, height, width of the part that becomes the image; for JPEG, which needs it.
+
+        Raises:
+            DataError: an image does not decode.
+        """
+        out = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
+        if self.storage == "raw":
+            _gather(self._data, self._starts[indices], out.reshape(len(indices), -1))
+        else:
+            assert boxes is not None
+            shapes = self.shapes[indices]
+            scratch = np.empty(int(shapes.prod(1).max(initial=0)) * 3, np.uint8)
+            sizes = self._sizes[indices]
+            bad = _decode(self._data, self._starts[indices], sizes, shapes, boxes, scratch, out)
+            if bad >= 0:
+                raise DataError(f"image {indices[bad]} does not decode; delete the folder and prepare again")
+        self._give_back(int(self._sizes[indices].sum()))
+        return out
+
+    def stored(self, index: int) -> Pixels:
+        """The bytes of one image as they lie in the file."""
+        start = self._starts[index]
+        return self._data[start : start + self._sizes[index]].copy()
+
+    def _give_back(self, num_bytes: int) -> None:
+        self._unreturned += num_bytes
+        if self._unreturned > _DROP_AFTER:
+            self._unreturned = 0
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._data = np.empty(0, np.uint8)
+        del self._map
+
+
+def _open(path: Path, expected: dict[str, str]) -> Any:
+    try:
+        reader = Reader(str(path))
+    except Exception as error:  # what FFCV raises on a foreign file depends on the bytes it meets
+        raise DataError(f"{path}: not a .beton file that FFCV can open ({type(error).__name__}: {error})") from error
+    found = {name: type(handler).__name__ for name, handler in reader.handlers.items()}
+    if found != expected:
+        raise DataError(f"{path}: expected the fields {expected}, got {found}; delete the folder and prepare again")
+    return reader
+
+
+def jpeg_bytes(pixels: Pixels, quality: int) -> Pixels:
+    """What the writer stores for an RGB image (H, W, 3)."""
+    packed: Pixels = encode_jpeg(pixels, quality)
+    return packed

@@ -1,0 +1,85 @@
+"""Which samples make which batch: a function of (seed, epoch, rank, world size) and nothing else."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.data.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+_ORDER, _PIXELS = 0, 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """Batches of one rank. Every sample comes once per epoch over all ranks, and all ranks have equally many batches.
+
+    The epoch's order is cut into global batches of world_size * batch_size; rank r takes every world_size-th sample of
+    each, from r on. So a step sees the same samples whatever the number of ranks, for an equal global batch.
+
+    Raises:
+        DataError: fewer samples than ranks, or than a global batch with drop_last.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = False
+    rank: int = 0
+    world_size: int = 1
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise DataError(f"batch_size expected at least 1, got {self.batch_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise DataError(f"rank expected from 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}")
+        if self.num_samples < self.world_size:
+            raise DataError(f"{self.num_samples} samples cannot be shared by {self.world_size} ranks; use fewer ranks")
+        if not len(self):
+            raise DataError(
+                f"drop_last leaves no batch: {self.num_samples} samples are fewer than {self.world_size} ranks x "
+                f"batch_size {self.batch_size}; use a smaller batch_size"
+            )
+
+    def _bounds(self) -> list[int]:
+        """Where the global batches begin and end."""
+        step = self.world_size * self.batch_size
+        full = self.num_samples // step * step
+        bounds = list(range(0, full + 1, step))
+        rest = self.num_samples - full
+        if rest and not self.drop_last:
+            if rest < self.world_size:
+                # Too few for one sample per rank: the last two global batches share evenly instead.
+                bounds[-1] -= (step - rest) // 2
+            bounds.append(self.num_samples)
+        return bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds()) - 1
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """How many samples this rank sees per epoch."""
+        return sum(len(range(a + self.rank, b, self.world_size)) for a, b in self._pairs())
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        bounds = self._bounds()
+        return pairwise(bounds)
+
+    def batches(self, epoch: int) -> list[Indices]:
+        """Positions in the split, one array per batch."""
+        order = np.arange(self.num_samples)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch, _ORDER]).permutation(self.num_samples)
+        return [order[a + self.rank : b : self.world_size] for a, b in self._pairs()]
+
+    def generator(self, epoch: int, batch: int) -> torch.Generator:
+        """The source of randomness of one batch's augmentation: any batch can be redone without those before it."""
+        entropy = [self.seed, epoch, _PIXELS, self.rank, self.world_size, batch]
+        word = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(word) >> 1)

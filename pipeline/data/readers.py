@@ -1,0 +1,118 @@
+"""Random access to the images of a verified split: through FFCV, or from memory. What a `Loader` reads from."""
+
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.errors import DataError
+from pipeline.data.samples import Pixels
+from pipeline.data.sidecar import Sidecar
+
+Integers = npt.NDArray[np.int64]
+
+
+class Reader(Protocol):
+    """Images by position, in memory that belongs to the caller. Safe to call from several threads."""
+
+    num_samples: int
+    labels: Integers
+    size: int
+    channels: int
+    storage: str
+    shapes: Integers
+    """(N, 2) height and width of the stored images."""
+    streams: bool
+    """Whether reading is worth a thread of its own."""
+
+    def read(self, indices: Integers, boxes: Integers | None = None) -> Pixels:
+        """Images uint8 (B, S, S, C)."""
+
+    def close(self) -> None:
+        """Let go of the file or the memory."""
+
+
+class MemoryReader:
+    """A split held as one array."""
+
+    storage = "raw"
+    streams = False
+
+    def __init__(self, images: Pixels, labels: Integers) -> None:
+        self._images, self.labels = images, labels
+        self.num_samples, self.size, self.channels = len(images), images.shape[1], images.shape[3]
+        self.shapes = np.full((len(images), 2), self.size, dtype=np.int64)
+
+    def read(self, indices: Integers, boxes: Integers | None = None) -> Pixels:
+        """Images uint8 (B, S, S, C)."""
+        assert boxes is None
+        return self._images[indices]
+
+    def close(self) -> None:
+        """Let go of the array."""
+        self._images = self._images[:0]
+
+
+def open_reader(path: Path, sidecar: Sidecar, loader: str = "auto") -> Reader:
+    """The reader of a file that `check_file` has passed.
+
+    Args:
+        loader: "ffcv" streams a .beton, "memory" holds the split in memory, "auto" does what the file was written for.
+
+    Raises:
+        DataError: FFCV is asked for and absent, or the file does not hold what its sidecar says.
+    """
+    if path.suffix == ".npz":
+        if loader == "ffcv":
+            raise DataError(f"{path}: loader=ffcv needs a .beton; install ffcv and run the prepare stage again")
+        return _npz_reader(path, sidecar)
+    reader: Reader = _beton_reader(path, sidecar)
+    if loader != "memory":
+        return reader
+    if sidecar.storage == "jpeg":
+        raise DataError(f"{path}: loader=memory needs storage=raw, got jpeg; prepare again with data.storage=raw")
+    images = np.empty((sidecar.count, sidecar.image_size, sidecar.image_size, sidecar.channels), np.uint8)
+    for start in range(0, sidecar.count, 4096):
+        part = np.arange(start, min(start + 4096, sidecar.count))
+        images[part] = reader.read(part)
+    labels = reader.labels
+    reader.close()
+    return MemoryReader(images, labels)
+
+
+def _beton_reader(path: Path, sidecar: Sidecar) -> Any:
+    try:
+        from pipeline.data import beton
+    except (ImportError, OSError) as error:
+        raise DataError(
+            f"{path}: reading it needs ffcv, which does not import here ({error}); "
+            "install ffcv, or run the prepare stage on this machine"
+        ) from error
+    reader = beton.BetonReader(
+        path, storage=sidecar.storage, expected=sidecar.fields, size=sidecar.image_size, channels=sidecar.channels
+    )
+    if reader.num_samples != sidecar.count or not _counts_match(reader.labels, sidecar):
+        reader.close()
+        raise DataError(f"{path}: count or labels differ from its sidecar; delete the folder and prepare again")
+    return reader
+
+
+def _npz_reader(path: Path, sidecar: Sidecar) -> MemoryReader:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: expected the arrays images and labels ({error}); prepare again") from error
+    shape = (sidecar.count, sidecar.image_size, sidecar.image_size, sidecar.channels)
+    if images.dtype != np.uint8 or images.shape != shape or not _counts_match(labels, sidecar):
+        raise DataError(f"{path}: images or labels differ from its sidecar; delete the folder and prepare again")
+    return MemoryReader(images, labels)
+
+
+def _counts_match(labels: Integers, sidecar: Sidecar) -> bool:
+    num_classes = len(sidecar.class_counts)
+    if len(labels) != sidecar.count or labels.min(initial=0) < 0 or labels.max(initial=0) >= num_classes:
+        return False
+    return bool(np.bincount(labels, minlength=num_classes).tolist() == list(sidecar.class_counts))

@@ -1,0 +1,170 @@
+"""The sidecar: what a split file holds, and the checks that a file must pass before it is opened."""
+
+import json
+import os
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from pipeline.config.base import Section
+from pipeline.data.errors import DataError
+
+FORMAT_VERSION = 1
+Storage = Literal["raw", "jpeg"]
+_BLOCK, _NUM_BLOCKS = 4096, 64
+_REBUILD = "rebuild it: delete the folder and run the prepare stage again (python -m pipeline.run --until prepare)"
+
+
+class Sidecar(Section):
+    """Lies beside a split file as NAME.json; the file is only opened when it is what the sidecar says."""
+
+    format_version: Literal[1] = 1
+    """Version of this record and of the layout of the file."""
+    source: str
+    """The data set the images come from."""
+    split: str
+    """train, val or test."""
+    storage: Storage
+    """raw: pixels; jpeg: compressed images of different sizes."""
+    fields: dict[str, str]
+    """Name and type of each field of the file."""
+    count: int
+    """Number of images."""
+    class_counts: tuple[int, ...]
+    """Images per class."""
+    image_size: int
+    """Side of the square images that the loader yields."""
+    channels: Literal[1, 3]
+    """1 grey, 3 RGB."""
+    mean: tuple[float, ...]
+    """Per channel, of pixels in [0, 1]."""
+    std: tuple[float, ...]
+    """Per channel, of pixels in [0, 1]."""
+    content: str
+    """Digest of labels and pixels in order: the same wherever and however the file was written."""
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of the whole file."""
+    sampled: str
+    """Digest of 64 blocks spread over the file: a quick check of a file already verified on this machine."""
+    origin: str
+    """The source's split that `indices` count in."""
+    indices: tuple[int, ...]
+    """Positions of the images in that split."""
+
+
+def sidecar_path(path: Path) -> Path:
+    """NAME.beton -> NAME.beton.json."""
+    return path.with_name(path.name + ".json")
+
+
+def read_sidecar(path: Path) -> Sidecar:
+    """The sidecar of a split file.
+
+    Raises:
+        DataError: it is missing, not readable, or of another version.
+    """
+    place = sidecar_path(path)
+    try:
+        raw = json.loads(place.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: its sidecar {place.name} is missing, so it cannot be checked; {_REBUILD}") from None
+    except ValueError as error:
+        raise DataError(f"{place}: expected a JSON sidecar, got something else ({error}); {_REBUILD}") from error
+    if isinstance(raw, dict) and raw.get("format_version") != FORMAT_VERSION:
+        got = raw.get("format_version")
+        raise DataError(f"{place}: expected sidecar format {FORMAT_VERSION}, got {got}; {_REBUILD}")
+    try:
+        return Sidecar.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{place}: {where}: {first['msg']}; {_REBUILD}") from error
+
+
+def check_file(path: Path, sidecar: Sidecar) -> None:
+    """Pass if the file is the one the sidecar describes; the whole sha256 is read once per machine and file.
+
+    Raises:
+        DataError: missing, truncated, or altered.
+    """
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file, though its sidecar is here; {_REBUILD}") from None
+    if stat.st_size != sidecar.size:
+        raise DataError(
+            f"{path}: expected {sidecar.size:,} bytes, got {stat.st_size:,} (truncated or half-written); {_REBUILD}"
+        )
+    if sampled_digest(path) != sidecar.sampled:
+        raise DataError(f"{path}: its content is not what its sidecar says (altered); {_REBUILD}")
+    if _known(path, stat, sidecar.sha256):
+        return
+    if file_sha256(path) != sidecar.sha256:
+        raise DataError(f"{path}: its sha256 is not the one in its sidecar (altered); {_REBUILD}")
+    _remember(path, stat, sidecar.sha256)
+
+
+def file_sha256(path: Path) -> str:
+    """Sha256 of a file, read in pieces."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Sha256 of 64 blocks of 4 KiB from the first to the last byte (all of a small file)."""
+    digest = sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for offset in _offsets(size):
+            file.seek(offset)
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _offsets(size: int) -> Iterator[int]:
+    last = max(0, size - _BLOCK)
+    return (last * n // (_NUM_BLOCKS - 1) for n in range(_NUM_BLOCKS))
+
+
+def cache_root() -> Path:
+    """Where this machine keeps what it has verified or fetched: SPARTA_CACHE, else the user's cache folder."""
+    if place := os.environ.get("SPARTA_CACHE"):
+        return Path(place)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparta"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename, so that a reader sees all of it or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def _receipt(path: Path) -> Path:
+    return cache_root() / "verified" / (sha256(str(path.resolve()).encode()).hexdigest() + ".json")
+
+
+def _known(path: Path, stat: os.stat_result, digest: str) -> bool:
+    try:
+        seen = json.loads(_receipt(path).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(seen == [stat.st_size, stat.st_mtime_ns, digest])
+
+
+def _remember(path: Path, stat: os.stat_result, digest: str) -> None:
+    receipt = _receipt(path)
+    try:
+        receipt.parent.mkdir(parents=True, exist_ok=True)
+        write_json(receipt, [stat.st_size, stat.st_mtime_ns, digest])
+    except OSError:
+        # A home that cannot be written to only costs the full check at the next opening.
+        return

@@ -1,0 +1,154 @@
+"""Writing one split: streamed from its source, verified by reading it back, and described by a sidecar."""
+
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config.base import Section
+from pipeline.data.errors import DataError
+from pipeline.data.readers import Reader, open_reader
+from pipeline.data.samples import RECORD, Samples, moments, record
+from pipeline.data.sidecar import Sidecar, Storage, file_sha256, sampled_digest, sidecar_path, write_json
+
+_NUM_CHECKED = {"raw": 2048, "jpeg": 64}
+_SMALL = 10_000
+
+
+class SplitRecipe(Section):
+    """How one split is to be written, and what its sidecar says of where it comes from."""
+
+    source: str
+    """The data set's name."""
+    split: str
+    """train, val or test."""
+    origin: str
+    """The source's split that the samples' indices count in."""
+    storage: Storage
+    """raw or jpeg."""
+    image_size: int
+    """Side of the square images that the loader yields."""
+    num_classes: int
+    """Number of classes."""
+    jpeg_quality: int
+    """Quality of stored JPEG images."""
+    writers: int
+    """Processes that write; 0 takes the number of cores, or 1 for few images."""
+
+
+@dataclass(frozen=True)
+class SplitWork:
+    """One split to be written."""
+
+    samples: Samples
+    path: Path
+    recipe: SplitRecipe
+
+
+def write_split(work: SplitWork, report: Callable[[str], None] = print) -> None:
+    """Write a split to its path (.beton through FFCV, or .npz), verify it, and put its sidecar beside it.
+
+    Args:
+        report: takes the reason when a process of FFCV's writer fails (see `beton.write`).
+
+    Raises:
+        DataError: a sample cannot be read, or what was written is not what was read.
+        ImportError: a .beton without FFCV.
+    """
+    samples, path, recipe = work.samples, work.path, work.recipe
+    ledger_path = path.with_suffix(".ledger")
+    np.memmap(ledger_path, RECORD, "w+", shape=(len(samples),)).flush()
+    samples = replace(samples, ledger=ledger_path)
+    if path.suffix == ".beton":
+        from pipeline.data import beton
+
+        writers = recipe.writers or (os.cpu_count() or 1 if len(samples) >= _SMALL else 1)
+        quality = recipe.jpeg_quality
+        beton.write(samples, path, storage=recipe.storage, quality=quality, writers=writers, report=report)
+        fields = beton.field_names(recipe.storage, samples.channels)
+    else:
+        _write_npz(samples, path)
+        fields = {"images": "uint8 (N, H, W, C)", "labels": "int64 (N,)"}
+    ledger = np.fromfile(ledger_path, RECORD)
+    sidecar = _describe(samples, path, ledger, recipe, fields)
+    _verify(samples, path, ledger, sidecar, recipe.jpeg_quality)
+    write_json(sidecar_path(path), sidecar.model_dump(mode="json"))
+    ledger_path.unlink()
+
+
+def _describe(
+    samples: Samples, path: Path, ledger: npt.NDArray[Any], recipe: SplitRecipe, fields: dict[str, str]
+) -> Sidecar:
+    mean, std = moments(ledger, samples.channels)
+    return Sidecar(
+        source=recipe.source,
+        split=recipe.split,
+        origin=recipe.origin,
+        storage=recipe.storage,
+        image_size=recipe.image_size,
+        channels=samples.channels,
+        fields=fields,
+        count=len(samples),
+        class_counts=tuple(np.bincount(samples.labels, minlength=recipe.num_classes).tolist()),
+        mean=tuple(mean),
+        std=tuple(std),
+        content=sha256(ledger["digest"].tobytes()).hexdigest(),
+        size=path.stat().st_size,
+        sha256=file_sha256(path),
+        sampled=sampled_digest(path),
+        indices=tuple(samples.indices.tolist()),
+    )
+
+
+def _write_npz(samples: Samples, path: Path) -> None:
+    """Arrays `images` and `labels`, through a mapped temporary, so that memory stays constant."""
+    size = samples.size
+    assert size is not None
+    pixels = path.with_suffix(".images.npy")
+    shape = (len(samples), size, size, samples.channels)
+    mapped = np.lib.format.open_memmap(pixels, "w+", dtype=np.uint8, shape=shape)
+    for index in range(len(samples)):
+        mapped[index] = samples[index][0]
+    mapped.flush()
+    del mapped
+    labels = path.with_suffix(".labels.npy")
+    np.save(labels, samples.labels)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, place in (("images", pixels), ("labels", labels)):
+            # A fixed time stamp: the same images give the same file.
+            info = zipfile.ZipInfo(f"{name}.npy")
+            with place.open("rb") as source, archive.open(info, "w", force_zip64=True) as target:
+                while piece := source.read(1 << 20):
+                    target.write(piece)
+            place.unlink()
+
+
+def _verify(samples: Samples, path: Path, ledger: npt.NDArray[Any], sidecar: Sidecar, quality: int) -> None:
+    """Read back count, labels and a sample of the pixels, and compare them with what the source gave."""
+    reader = open_reader(path, sidecar)
+    try:
+        if reader.num_samples != len(samples) or not np.array_equal(reader.labels, samples.labels):
+            raise DataError(f"{path.name}: the labels read back are not those written; the disk or FFCV is at fault")
+        checked = np.unique(np.linspace(0, len(samples) - 1, _NUM_CHECKED[sidecar.storage]).astype(np.int64))
+        for index in checked.tolist():
+            if not _same(reader, index, samples, ledger, quality):
+                raise DataError(f"{path.name}: image {index} read back is not the one written; check the disk")
+    finally:
+        reader.close()
+
+
+def _same(reader: Reader, index: int, samples: Samples, ledger: npt.NDArray[Any], quality: int) -> bool:
+    if reader.storage == "raw":
+        read_back = record(reader.read(np.array([index]))[0], int(samples.labels[index]))
+        return bool((read_back["digest"] == ledger[index]["digest"]).all())
+    from pipeline.data import beton
+
+    # JPEG loses pixels, but encoding is deterministic: the stored bytes must be those that the image gives.
+    stored = cast(beton.BetonReader, reader).stored(index)
+    return np.array_equal(stored, beton.jpeg_bytes(samples[index][0], quality))
