@@ -1,10 +1,11 @@
 """Checkpoints of a training: two alternating directories and the best network, each whole, with digests.
 
-checkpoints/a and checkpoints/b hold the newest two states, best/ the selected network. Names are fixed, so that a run
+checkpoints/a and checkpoints/b hold the newest two states, best-EPOCH the networks that they name as selected. A run
 that repeats its last steps after a crash writes the same files again. Tensors are safetensors, the rest is JSON.
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.training.progress import Progress
 
 _log = logging.getLogger(__name__)
 _SLOTS = ("a", "b")
+_RECORD = "state.json"
 Groups = dict[str, dict[str, Tensor]]
 
 
@@ -27,13 +29,34 @@ class Checkpoints:
     def __init__(self, directory: Path, fingerprint: str) -> None:
         self.directory, self.fingerprint = directory, fingerprint
         self._next = 0
+        self._referred: tuple[int, ...] = ()
+
+    def best(self, epoch: int) -> Path:
+        """Directory of the network selected in an epoch; a state names the epoch that belongs to it."""
+        return self.directory / f"best-{epoch:04d}"
+
+    @property
+    def newest(self) -> Path | None:
+        """Directory of the state written last, if there is one."""
+        slot = self.directory / _SLOTS[1 - self._next]
+        return slot if slot.exists() else None
 
     def save(self, groups: Groups, progress: Progress) -> Path:
         """Write the state over the older of the two slots; returns the directory written."""
         slot = self.directory / _SLOTS[self._next]
-        write_directory(slot, groups, {"fingerprint": self.fingerprint, "progress": progress.model_dump(mode="json")})
+        meta = {"fingerprint": self.fingerprint, "progress": progress.model_dump(mode="json")}
+        write_directory(slot, groups, meta, record=_RECORD)
         self._next = 1 - self._next
+        self._referred = (progress.best_epoch, *self._referred[:1])
+        self._prune()
         return slot
+
+    def _prune(self) -> None:
+        """Drop the networks that neither of the two states refers to."""
+        keep = {self.best(epoch) for epoch in self._referred}
+        for directory in self.directory.glob("best-*"):
+            if directory not in keep:
+                shutil.rmtree(directory)
 
     def load(self) -> tuple[Groups, Progress] | None:
         """The newest state that is whole and of this job; a damaged one is reported and the one before it taken."""
@@ -42,6 +65,7 @@ class Checkpoints:
             return None
         newest = max(found, key=lambda slot: found[slot][1].step)
         self._next = 1 - _SLOTS.index(newest)
+        self._referred = (found[newest][1].best_epoch,)
         return found[newest]
 
     def _read(self, slot: str) -> tuple[Groups, Progress] | None:
@@ -49,7 +73,7 @@ class Checkpoints:
         if not directory.exists():
             return None
         try:
-            groups, meta = read_directory(directory)
+            groups, meta = read_directory(directory, record=_RECORD)
             progress = Progress.model_validate(meta["progress"])
         except (DamagedFilesError, ValidationError, KeyError) as error:
             _log.warning("checkpoint %s is damaged and passed over: %s", directory, error)

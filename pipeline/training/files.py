@@ -34,8 +34,19 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_directory(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
-    """Write {name}.safetensors for every group of tensors and meta.json with their digests, replacing `directory`.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a .safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+    _force(temporary)
+    temporary.replace(path)
+
+
+def write_directory(
+    directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any], *, record: str
+) -> None:
+    """Write {name}.safetensors for every group of tensors, and `record` with meta and digests, replacing `directory`.
 
     Raises OSError when the disk refuses.
     """
@@ -45,21 +56,20 @@ def write_directory(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]
     digests = {}
     for name, group in tensors.items():
         path = temporary / f"{name}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
-        _force(path)
+        save_tensors(path, group)
         digests[path.name] = sha256_of(path)
-    write_text(temporary / "meta.json", json.dumps({**meta, "sha256": digests}, indent=1))
+    write_text(temporary / record, json.dumps({**meta, "sha256": digests}, indent=1))
     _replace(temporary, directory)
 
 
-def read_directory(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def read_directory(directory: Path, *, record: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read what `write_directory` wrote: groups of tensors on the CPU, and meta.
 
     Raises:
         DamagedFilesError: for a file that is missing, cut off or altered.
     """
     try:
-        meta = json.loads((directory / "meta.json").read_text())
+        meta = json.loads((directory / record).read_text())
         digests: dict[str, str] = meta.pop("sha256")
         for name, expected in digests.items():
             if (found := sha256_of(directory / name)) != expected:

@@ -13,7 +13,7 @@ from pipeline.training.network import Forward, shadow
 
 
 def forward_flops(model: nn.Module, x: Tensor) -> float:
-    """Floating-point operations of convolutions and linear layers in one forward pass over one image of x (B, C, H, W)."""
+    """Floating-point operations of convolutions and linear layers in a forward pass over one image of x."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         shadow(model)(x[:1])

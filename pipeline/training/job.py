@@ -34,6 +34,7 @@ class TrainJob(BaseModel):
     def fingerprint(self, data_digest: str, bank_digest: str | None) -> str:
         """sha256 of what the result depends on: paths give way to the digests of what lies there."""
         settings = self.model_dump(mode="json", exclude={"data", "bank", "bank_digest", "output"})
+        del settings["training"]["checkpoint"]
         settings |= {"data": data_digest, "bank": bank_digest}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -70,7 +71,11 @@ class TrainedModel(BaseModel):
     stopped_early: str | None = None
     """Why fewer epochs were run than configured."""
     bank_digest: str | None = None
-    """Digest of the network's activations after the training; with a frozen bank it is the bank's own, checked."""
+    """Digest of the bank that was put in, frozen."""
+    activation_digest_before: str | None = None
+    """Digest of the network's activations before the training, where they are frozen."""
+    activation_digest: str
+    """Digest of the activations of the kept network; where they are frozen it was checked against the one before."""
     images_per_second: float
     flops_per_step: float
     """Floating-point operations of one optimizer step on one full batch, forward passes counted by torch."""

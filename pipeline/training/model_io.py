@@ -1,4 +1,4 @@
-"""A trained network on disk: weights.safetensors and meta.json, from which it is built again. Nothing is unpickled."""
+"""A trained network on disk: model.safetensors and model.json, from which it is built again. Nothing is unpickled."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from pipeline.training.files import DamagedFilesError, read_directory, sha256_of
 from sparta_models import Activation, build_model
 
 FORMAT = 1
-_WEIGHTS = "weights"
+_WEIGHTS, _RECORD = "model", "model.json"
 
 
 class ModelMeta(BaseModel):
@@ -48,7 +48,12 @@ class ModelMeta(BaseModel):
 
 def save_model(directory: Path, model: nn.Module, meta: ModelMeta) -> str:
     """Write a network whole or not at all; returns the sha256 of its weights file."""
-    write_directory(directory, {_WEIGHTS: model.state_dict()}, meta.model_dump(mode="json"))
+    write_directory(directory, {_WEIGHTS: model.state_dict()}, meta.model_dump(mode="json"), record=_RECORD)
+    return model_sha256(directory)
+
+
+def model_sha256(directory: Path) -> str:
+    """Digest of a network's weights file."""
     return sha256_of(directory / f"{_WEIGHTS}.safetensors")
 
 
@@ -59,11 +64,11 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> nn.
         ValueError: for files that are missing, altered, of another format, or that fit no network of the zoo.
     """
     directory = Path(directory)
-    tensors, raw = read_directory(directory)
+    tensors, raw = read_directory(directory, record=_RECORD)
     try:
         meta = ModelMeta.model_validate(raw)
         if meta.format != FORMAT:
-            raise DamagedFilesError(f"expected format {FORMAT} in {directory / 'meta.json'}, got {meta.format}")
+            raise DamagedFilesError(f"expected format {FORMAT} in {directory / _RECORD}, got {meta.format}")
         model = meta.build()
         model.load_state_dict(tensors[_WEIGHTS])
     except (ValidationError, RuntimeError, KeyError, TypeError) as error:

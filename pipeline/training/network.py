@@ -13,16 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.data import PreparedData
 from pipeline.training.job import TrainJob
-from pipeline.training.model_io import ModelMeta, freeze_activations
+from pipeline.training.model_io import ModelMeta
 from pipeline.training.seeds import derive_seed
 from sparta_models import ActivationBank
 
 
-def build_network(job: TrainJob, prepared: PreparedData) -> tuple[nn.Module, ModelMeta]:
+def build_network(job: TrainJob, prepared: PreparedData, bank: ActivationBank | None) -> tuple[nn.Module, ModelMeta]:
     """The job's network with initial weights from its seed, the bank applied and frozen if there is one.
 
     Raises:
-        ValueError: for a bank of another digest than expected, or one that does not fit.
+        ValueError: for a bank that does not fit.
     """
     meta = ModelMeta(
         name=job.model.name,
@@ -38,16 +38,18 @@ def build_network(job: TrainJob, prepared: PreparedData) -> tuple[nn.Module, Mod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(job.seed, "weights"))
         model = meta.build()
-        if job.bank is not None:
-            bank = load_bank(job)
+        if bank is not None:
             bank.apply_to(model, freeze=True, adapt=job.adapt)
-            freeze_activations(model)
             meta = meta.model_copy(update={"activation": bank.spec.mapping(), "frozen": True})
     return model, meta
 
 
 def load_bank(job: TrainJob) -> ActivationBank:
-    """The job's bank, with the digest that was asked for."""
+    """The job's bank.
+
+    Raises:
+        ValueError: for damaged files, or another digest than the job expects.
+    """
     assert job.bank is not None
     bank = ActivationBank.load(job.bank)
     if job.bank_digest is not None and bank.digest != job.bank_digest:

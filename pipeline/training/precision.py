@@ -9,8 +9,8 @@ COMPILE_STEPS = 2000
 def resolve_precision(setting: str, device: torch.device) -> str:
     """ "fp32" or "bf16"; auto takes bf16 where the device has matrix instructions for it.
 
-    Those are AMX on x86 processors and the tensor cores of GPUs since Ampere. AVX512-BF16 alone multiplies no faster than
-    the conversions around it cost in small networks, see benchmarks/at_step.md, and so stays with fp32.
+    Those are AMX on x86 processors and the tensor cores of GPUs since Ampere. AVX512-BF16 alone gains no more than the
+    conversions around it cost in small networks, see benchmarks/at_step.md, and so stays with fp32.
     """
     if setting != "auto":
         return setting

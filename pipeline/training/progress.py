@@ -1,5 +1,6 @@
 """Where a training stands: everything that is saved besides tensors, and the sums of the epoch under way."""
 
+from collections.abc import Sequence
 from typing import Self
 
 from pydantic import BaseModel
@@ -8,19 +9,35 @@ from pipeline.training.job import EpochRecord
 
 
 class Sums(BaseModel):
-    """Sums over examples; a robust or clean count is only kept by methods that compute those logits anyway."""
+    """Sums over examples. `robust` of `robust_count` and `clean` of `clean_count` were right; the counts stay 0 where
+    the method does not compute those logits anyway."""
 
     count: float = 0
     loss: float = 0
     robust: float = 0
+    robust_count: float = 0
     clean: float = 0
+    clean_count: float = 0
 
-    def add(self, count: float, loss: float, robust: float, clean: float) -> None:
-        """Take in one step."""
-        self.count += count
-        self.loss += loss
-        self.robust += robust
-        self.clean += clean
+    def add(self, values: Sequence[float]) -> None:
+        """Take in one step: values in the order of the fields."""
+        for name, value in zip(Sums.model_fields, values, strict=True):
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def mean_loss(self) -> float:
+        """Loss per example."""
+        return self.loss / max(self.count, 1)
+
+    @property
+    def robust_accuracy(self) -> float | None:
+        """Share of adversarial training examples that were classified right."""
+        return self.robust / self.robust_count if self.robust_count else None
+
+    @property
+    def clean_accuracy(self) -> float | None:
+        """Share of clean training examples that were classified right."""
+        return self.clean / self.clean_count if self.clean_count else None
 
 
 class Progress(BaseModel):
@@ -46,6 +63,11 @@ class Progress(BaseModel):
     seconds: float = 0.0
     """Time in training steps, over all runs."""
     images: float = 0.0
+
+    def advance(self, sums: Sequence[float]) -> None:
+        """Note a step that was done; `sums` in the order of the fields of Sums."""
+        self.step, self.batch = self.step + 1, self.batch + 1
+        self.sums.add(sums)
 
     def next_epoch(self) -> None:
         """Begin the next epoch."""

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.training.progress import Progress as State
-from pipeline.training.progress import Sums
 
 LINE_SECONDS = 10.0
 """Shortest time between two lines off a terminal."""
@@ -61,9 +60,9 @@ class Reporter:
         left = (self.steps - state.step) * (time.monotonic() - self._began) / max(state.step - self._first, 1)
         fields = [
             f"step {state.step:>{len(str(self.steps))}}/{self.steps} {100 * state.step // self.steps:3d}%",
-            f"loss {sums.loss / max(sums.count, 1):7.4f}",
-            f"clean {percent(sums, sums.clean)}",
-            f"robust {percent(sums, sums.robust)}",
+            f"loss {sums.mean_loss:7.4f}",
+            f"clean {percent(sums.clean_accuracy)}",
+            f"robust {percent(sums.robust_accuracy)}",
             f"lr {lr:.5f}",
             f"{1000 * state.seconds / max(state.step, 1):6.1f} ms",
             f"{speed:7.0f} img/s",
@@ -71,6 +70,6 @@ class Reporter:
         return "  ".join([*fields, f"eta {left:5.0f} s"] if eta else fields)
 
 
-def percent(sums: Sums, correct: float) -> str:
-    """A training accuracy in %, or dashes where the method does not compute it."""
-    return "   -- " if correct < 0 or not sums.count else f"{100 * correct / sums.count:5.1f}%"
+def percent(accuracy: float | None) -> str:
+    """An accuracy in %, or dashes where the method does not compute it."""
+    return "   -- " if accuracy is None else f"{100 * accuracy:5.1f}%"

@@ -19,7 +19,11 @@ class Standard:
     """Cross-entropy on clean images."""
 
     smoothing: float
-    cost: Cost = Cost(0, 0, 1)
+
+    @property
+    def cost(self) -> Cost:
+        """3 forward passes."""
+        return Cost(0, 0, 1)
 
     def perturb(self, model: Model, x: Tensor, y: Tensor, strength: float, generator: torch.Generator) -> Tensor:
         """The images themselves."""

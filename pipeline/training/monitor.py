@@ -1,0 +1,100 @@
+"""What a training tells: the display, the journal, and where its time goes."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from pipeline.data import Loader
+from pipeline.training.floor import floor_seconds, forward_flops
+from pipeline.training.reporter import Reporter
+from pipeline.training.run import Run
+
+JOURNAL = "metrics.jsonl"
+JOURNAL_STEPS = 50
+"""Steps between two journal entries inside an epoch."""
+
+
+class Monitor:
+    """Times steps, waits and epochs of a run; displays and journals on rank 0. A context manager."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.reporter = Reporter(run.total_steps, rank=run.context.rank)
+        self._log, self._close = _journal(run)
+        self._epoch_began, self._busy, self._waited, self._steps = time.perf_counter(), 0.0, 0.0, 0
+        self._floor: float | None = None
+        self.flops_per_step = 0.0
+
+    def __enter__(self) -> Self:
+        self.reporter.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.reporter.__exit__(kind, error, trace)
+        self._close()
+
+    def watched(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """The loader's batches, with the waiting for them timed; the first one also measures the floor."""
+        self._epoch_began, self._busy, self._waited, self._steps = time.perf_counter(), 0.0, 0.0, 0
+        begin = time.perf_counter()
+        for x, y in loader:
+            self._waited += time.perf_counter() - begin
+            if self._floor is None:
+                self._measure(x)
+            yield x, y
+            begin = time.perf_counter()
+
+    def _measure(self, x: Tensor) -> None:
+        begin, run = time.perf_counter(), self.run
+        per_image, batch = forward_flops(run.model, x), run.job.training.batch_size
+        self.flops_per_step = per_image * batch * run.method.cost.forward_equivalents
+        self._floor = floor_seconds(run.model, x, run.method.cost, run.trained.precision)
+        self._epoch_began += time.perf_counter() - begin
+
+    def step(self, seconds: float) -> None:
+        """Take in a step that was done."""
+        state = self.run.state
+        self._busy, self._steps = self._busy + seconds, self._steps + 1
+        state.seconds, state.images = state.seconds + seconds, state.images + self.run.job.training.batch_size
+        self.reporter.step(state, self.run.learning_rate)
+        if state.step % JOURNAL_STEPS == 0:
+            self.log({"running_loss": state.sums.mean_loss, "lr": self.run.learning_rate})
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Journal metrics at the current step."""
+        if self._log is not None:
+            self._log(metrics, self.run.state.step)
+
+    def times(self) -> dict[str, float]:
+        """Speed of the epoch: of its steps, and the shares of the loader's wait and of all that is no step."""
+        elapsed = max(time.perf_counter() - self._epoch_began, 1e-9)
+        metrics = {"loader_wait_share": self._waited / elapsed, "overhead_share": 1 - self._busy / elapsed}
+        if self._steps:
+            metrics["step_ms"] = 1000 * self._busy / self._steps
+            metrics["images_per_second"] = self._steps * self.run.job.training.batch_size / self._busy
+            metrics["flops_per_step"] = self.flops_per_step
+        if self.share_of_floor is not None:
+            metrics["share_of_floor"] = self.share_of_floor
+        return metrics
+
+    @property
+    def share_of_floor(self) -> float | None:
+        """Time of the bare arithmetic of a step over the time of a step in this epoch."""
+        return None if self._floor is None or not self._steps else self._floor * self._steps / self._busy
+
+
+def _journal(run: Run) -> tuple[Callable[[Mapping[str, float], int], None] | None, Callable[[], None]]:
+    """Where metrics go on this rank: the context's own log, a journal in the output directory, nowhere above rank 0."""
+    if run.context.rank > 0:
+        return None, lambda: None
+    if run.context.log is not None:
+        return run.context.log, lambda: None
+    from pipeline.tracking.journal import Journal
+
+    journal = Journal(run.job.output / JOURNAL)
+    return journal.log, journal.close

@@ -1,0 +1,216 @@
+"""One training under way: everything a step needs, built from a job or restored from its checkpoint."""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.data import Loader, PreparedData, open_split
+from pipeline.training.awp import perturbed_weights
+from pipeline.training.checkpoint import Checkpoints, gather, restore
+from pipeline.training.context import Context
+from pipeline.training.distributed import StepReducer, broadcast_module, sum_over_ranks, synchronise_batch_norms
+from pipeline.training.ema import EMA
+from pipeline.training.job import TrainJob
+from pipeline.training.methods import Method, build_method
+from pipeline.training.model_io import ModelMeta
+from pipeline.training.network import Forward, build_network, shadow
+from pipeline.training.optim import build_optimizer, schedule_factor
+from pipeline.training.precision import resolve_compile, resolve_precision
+from pipeline.training.progress import Progress
+from sparta_models import ActivationBank
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The parts of a training. `state` and the tensors of model, optimizer and ema are all that changes."""
+
+    job: TrainJob
+    context: Context
+    prepared: PreparedData
+    fingerprint: str
+    loader: Loader
+    val_loader: Loader
+    model: nn.Module
+    meta: ModelMeta
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    state: Progress
+    checkpoints: Checkpoints
+    trained: Forward
+    """The network in training, in the training's precision."""
+    attacked: Forward
+    """Its shadow, for the attack."""
+    judged: Forward
+    """Shadow of the network that is validated and kept, in float32."""
+    reduce: StepReducer
+    method: Method
+    bank: ActivationBank | None
+    frozen_digest: str | None
+    """Digest of the network's activations before the training, where they are frozen."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.job.training.epochs * len(self.loader)
+
+    @property
+    def now(self) -> float:
+        """Time since the start, in epochs."""
+        return self.state.epoch + self.state.batch / len(self.loader)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        config = self.job.training
+        return config.optimizer.lr * schedule_factor(config.schedule, self.now, config.epochs)
+
+    @property
+    def strength(self) -> float:
+        """Strength of the attack of the step to come, in (0, 1]."""
+        warmup = self.job.training.eps_warmup_epochs
+        return min(1.0, (self.now + 1 / len(self.loader)) / warmup) if warmup else 1.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters in training."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and kept: the average if there is one."""
+        return self.model if self.ema is None else self.ema.model
+
+    def perturbed_weights(self, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[None]:
+        """Adversarial weights while the loss is computed and differentiated, where the job asks for them."""
+        awp = self.job.training.awp
+        if awp is None or self.state.epoch < awp.warmup_epochs:
+            return nullcontext()
+        loss = self.method.terms(self.trained, x, x_adv, y).loss.sum
+        return perturbed_weights(self.model, loss, gamma=awp.gamma, world_size=self.context.world_size)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.context.world_size > 1:
+            dist.barrier()
+
+    def save(self) -> None:
+        """Write a checkpoint, on rank 0; every rank holds the same state."""
+        if self.context.rank == 0:
+            self.checkpoints.save(gather(self.model, self.optimizer, self.ema), self.state)
+
+    def fall_back(self, weights: dict[str, Tensor]) -> None:
+        """Go on from other weights by the method that follows a collapse; momentum and average start afresh."""
+        self.model.load_state_dict(weights)
+        broadcast_module(self.model, self.context.world_size)
+        if self.ema is not None:
+            self.ema.model.load_state_dict(self.model.state_dict())
+        self.optimizer.state.clear()
+        self.state.collapsed = True
+        self.method = build_method(self.job.training, collapsed=True)
+
+
+def open_run(
+    job: TrainJob, context: Context, prepared: PreparedData, bank: ActivationBank | None, fingerprint: str
+) -> Run:
+    """Build the run, restored from the newest good checkpoint of the same job if there is one.
+
+    Raises:
+        ValueError: for a batch size that the workers cannot share, or a bank that does not fit.
+    """
+    config, device = job.training, context.device
+    model, meta = build_network(job, prepared, bank)
+    model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    broadcast_module(model, context.world_size)
+    if config.batch_norm == "sync" and context.world_size > 1:
+        synchronise_batch_norms(model)
+    optimizer = build_optimizer(model, config.optimizer)
+    ema = EMA(model, config.ema) if config.ema else None
+    checkpoints = Checkpoints(job.output / "checkpoints", fingerprint)
+    state = _restored(checkpoints, context, model, optimizer, ema)
+    loader, val_loader = _loaders(job, context, prepared)
+    compiled = resolve_compile(config.compile, device, config.epochs * len(loader))
+    precision = resolve_precision(config.precision, device)
+    bn = config.method.attack.bn if hasattr(config.method, "attack") else getattr(config.method, "bn", "eval")
+    return Run(
+        job=job,
+        context=context,
+        prepared=prepared,
+        fingerprint=fingerprint,
+        loader=loader,
+        val_loader=val_loader,
+        model=model,
+        meta=meta,
+        optimizer=optimizer,
+        ema=ema,
+        state=state,
+        checkpoints=checkpoints,
+        trained=Forward(model, precision, compiled=compiled),
+        attacked=Forward(shadow(model, bn=bn), precision, compiled=compiled),
+        judged=Forward(shadow(model if ema is None else ema.model), "fp32"),
+        reduce=StepReducer(model, [p for g in optimizer.param_groups for p in g["params"]], context.world_size),
+        method=build_method(config, collapsed=state.collapsed),
+        bank=bank,
+        frozen_digest=ActivationBank.from_model(model).digest if bank else None,
+    )
+
+
+def _loaders(job: TrainJob, context: Context, prepared: PreparedData) -> tuple[Loader, Loader]:
+    config, rank, world_size = job.training, context.rank, context.world_size
+    if config.batch_size % world_size:
+        raise ValueError(
+            f"training.batch_size={config.batch_size} cannot be shared evenly by {world_size} workers; "
+            f"set it to a multiple of {world_size}"
+        )
+    train = open_split(
+        prepared,
+        "train",
+        batch_size=config.batch_size // world_size,
+        seed=job.seed,
+        shuffle=True,
+        augment=job.augment,
+        rank=rank,
+        world_size=world_size,
+        device=str(context.device),
+    )
+    val = open_split(
+        prepared,
+        "val",
+        batch_size=config.selection.batch_size,
+        rank=rank,
+        world_size=world_size,
+        device=str(context.device),
+    )
+    return train, val
+
+
+def _restored(
+    checkpoints: Checkpoints,
+    context: Context,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+) -> Progress:
+    found = checkpoints.load()
+    step = torch.tensor([0 if found is None else found[1].step], dtype=torch.float64, device=context.device)
+    if sum_over_ranks(step.clone(), context.world_size).item() != step.item() * context.world_size:
+        raise ValueError(
+            f"expected the same checkpoint on every worker, rank {context.rank} found step {int(step.item())} in "
+            f"{checkpoints.directory}; put the output on a filesystem that all nodes share"
+        )
+    if found is None:
+        return Progress(world_size=context.world_size)
+    groups, progress = found
+    restore(groups, model, optimizer, ema)
+    if progress.world_size != context.world_size and context.rank == 0:
+        _log.warning(
+            "resumed with %d workers a training begun with %d: correct, but no longer bit-exact",
+            context.world_size,
+            progress.world_size,
+        )
+    return progress.resumed_by(context.world_size)
