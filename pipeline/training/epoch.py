@@ -49,7 +49,12 @@ def end_epoch(run: Run, monitor: Monitor) -> None:
 def _validated(run: Run, number: int) -> EpochRecord:
     config, sums = run.job.training, run.state.sums
     clean, robust = validate(
-        run.judged, run.val_loader, config.selection_threat, config.selection, seed=run.job.seed, context=run.context
+        run.judged,
+        run.val_loader,
+        config.selection.threat or config.threat,
+        config.selection,
+        seed=run.job.seed,
+        context=run.context,
     )
     return EpochRecord(
         epoch=number,
