@@ -12,9 +12,9 @@ def match(target: Sequence[SiteInfo], source: Sequence[SiteInfo]) -> dict[str, S
     """Give every target site the source site that corresponds: stage to stage, and inside a stage by relative depth.
 
     Stages >= 1 correspond by relative number (3 stages against 4: first to first, last to last); a stem goes to a
-    stem, or, where the source has none, to the first stage. Blocks correspond by relative depth in their stage, sites
-    by relative position in their block, so that the site behind a residual addition gets the function of such a site. Where there is one block it
-    gets the first, where there is one site in the block it gets the last.
+    stem, or, where the source has none, to the first stage. Blocks correspond by relative depth in their stage (a lone
+    block to the first), sites by relative position in their block (a lone site to the last), so that the site behind a
+    residual addition gets the function of such a site.
     """
     return {site.name: _nearest(site, target, source) for site in target}
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparta_models.activations.functional import correlate, depthwise_gate
+
 
 class Gate(nn.Module):
     """One form of g, and the activation made of it."""
@@ -23,8 +25,8 @@ class Gate(nn.Module):
         raise NotImplementedError
 
 
-class DepthwiseGate(Gate):
-    """g(x)_c = w_c * x_c + b_c: each channel looks at its own k x k neighbourhood."""
+class CorrelationGate(Gate):
+    """What the forms share: a correlation w * x + b of each channel with its own k x k kernel."""
 
     def __init__(self, num_channels: int, *, kernel_size: int, dilation: int, beta: float, bias: bool) -> None:
         super().__init__()
@@ -34,8 +36,7 @@ class DepthwiseGate(Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return g(x), (B, C, H, W)."""
-        padding = self.dilation * (self.weight.shape[-1] // 2)
-        return F.conv2d(x, self.weight, self.bias, padding=padding, dilation=self.dilation, groups=x.shape[1])
+        return correlate(x, self.weight, self.bias, self.dilation)
 
     def flops(self, num_channels: int, height: int, width: int) -> int:
         """FLOPs of `activate` for one image."""
@@ -43,7 +44,15 @@ class DepthwiseGate(Gate):
         return per_element * num_channels * height * width
 
 
-class AttentionGate(DepthwiseGate):
+class DepthwiseGate(CorrelationGate):
+    """g(x)_c = w_c * x_c + b_c: each channel looks at its own k x k neighbourhood."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return y = x sigmoid(g(x)), (B, C, H, W)."""
+        return depthwise_gate(x, self.weight, self.bias, self.dilation)
+
+
+class AttentionGate(CorrelationGate):
     """g(x)_c = w_c * x_c + b_c + v * [mean_c x, max_c x]: a map that all channels share is added; v = 0 at the
     start."""
 
@@ -63,7 +72,7 @@ class AttentionGate(DepthwiseGate):
         return super().flops(num_channels, height, width) + maps
 
 
-class LowRankGate(DepthwiseGate):
+class LowRankGate(CorrelationGate):
     """g(x)_c = w_c * x_c + b_c + (U V x)_c: channels are mixed through C / 8 directions; U = 0 at the start."""
 
     def __init__(self, num_channels: int, *, kernel_size: int, dilation: int, beta: float, bias: bool) -> None:
@@ -82,7 +91,7 @@ class LowRankGate(DepthwiseGate):
         return super().flops(num_channels, height, width) + mixing
 
 
-class SharedGate(DepthwiseGate):
+class SharedGate(CorrelationGate):
     """g(x)_c = w * x_c + b: one kernel for all channels, so that it fits every width."""
 
     any_width = True
@@ -92,13 +101,18 @@ class SharedGate(DepthwiseGate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return g(x), (B, C, H, W)."""
-        c = x.shape[1]
-        weight, bias = self.weight.expand(c, -1, -1, -1), None if self.bias is None else self.bias.expand(c)
-        padding = self.dilation * (self.weight.shape[-1] // 2)
-        return F.conv2d(x, weight, bias, padding=padding, dilation=self.dilation, groups=c)
+        return correlate(x, *self._expanded(x.shape[1]), self.dilation)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return y = x sigmoid(g(x)), (B, C, H, W)."""
+        return depthwise_gate(x, *self._expanded(x.shape[1]), self.dilation)
+
+    def _expanded(self, num_channels: int) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else self.bias.expand(num_channels)
+        return self.weight.expand(num_channels, -1, -1, -1), bias
 
 
-class SmoothMaxGate(DepthwiseGate):
+class SmoothMaxGate(CorrelationGate):
     """y = T + (x - T) s(b_c (x - T)), T = w_c * x_c: smooth maximum of x and a spatial condition; w = 0 at the start.
 
     The limit of sharp b_c is FReLU's max(x, T). The offset that `bias` adds is T's.
@@ -126,7 +140,7 @@ def dirac(num_channels: int, kernel_size: int, centre: float) -> Tensor:
     return weight
 
 
-GATES: dict[str, type[DepthwiseGate]] = {
+GATES: dict[str, type[CorrelationGate]] = {
     "depthwise": DepthwiseGate,
     "attention": AttentionGate,
     "lowrank": LowRankGate,

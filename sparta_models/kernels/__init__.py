@@ -1,0 +1,105 @@
+"""The compiled kernel of the depthwise gate: built at first use by the machine's own C++ compiler, kept in a cache.
+
+Nothing here runs at import. Where no compiler is found, or SPARTA_KERNEL=off is set, the operators of torch take over,
+with the same results; `kernel_status()` says which of the two it is, and why.
+
+Cache: $SPARTA_CACHE, else $XDG_CACHE_HOME/sparta_models, else ~/.cache/sparta_models. A file's name holds the digest of
+source, torch version, flags, compiler and processor.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_SOURCE = Path(__file__).with_name("gate.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+
+
+@cache
+def kernel() -> ModuleType | None:
+    """Return the namespace of the compiled operators, building them on the first call; None where that can't be."""
+    return _state()[0]
+
+
+def kernel_status() -> str:
+    """Say whether the compiled kernel is in use, and if not, why."""
+    return _state()[1]
+
+
+@cache
+def _state() -> tuple[ModuleType | None, str]:
+    if os.environ.get("SPARTA_KERNEL", "auto") == "off":
+        return None, "off: SPARTA_KERNEL=off"
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None, "off: no C++ compiler (g++, or $CXX) found"
+    try:
+        library = _built(compiler)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None)
+        return None, f"off: {error}" + (f"\n{output.decode(errors='replace')[-2000:]}" if output else "")
+    return torch.ops.sparta_models, f"on: {library}"
+
+
+def _built(compiler: str) -> Path:
+    directory = Path(
+        os.environ.get("SPARTA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparta_models"
+    )
+    directory = directory.expanduser()
+    library = directory / f"gate-{_key(compiler)}.so"
+    if not library.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "gate.lock").open("w") as lock:
+            _wait_for(lock.fileno())
+            if not library.exists():
+                _compile(compiler, library)
+    return library
+
+
+def _key(compiler: str) -> str:
+    version = _run(compiler, "--version")
+    parts = [_SOURCE.read_bytes(), torch.__version__.encode(), " ".join(_FLAGS).encode(), version, _processor()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> bytes:
+    """Name the processor's abilities, because -march=native code of another one may not run here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return next(
+        (line.encode() for line in lines if line.startswith(("flags", "Features"))), platform.machine().encode()
+    )
+
+
+def _wait_for(lock: int) -> None:
+    """Let one process of the machine build at a time; the lock goes when its holder ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:
+        # Without locks two processes may both build; each renames a whole file into place.
+        return
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _compile(compiler: str, library: Path) -> None:
+    torch_directory = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
+        out = Path(temporary) / library.name
+        paths = [f"-I{torch_directory / 'include'}", str(_SOURCE), "-o", str(out), f"-L{torch_directory / 'lib'}"]
+        _run(compiler, *_FLAGS, *paths, "-lc10", "-ltorch_cpu")
+        out.replace(library)
+
+
+def _run(*command: str) -> bytes:
+    return subprocess.run(command, capture_output=True, check=True, timeout=300).stdout  # noqa: S603 (no user input in it)
