@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel
 
 from pipeline.cluster.capacity import Capacity, preflight, uses_gpu, worker_bundle
-from pipeline.cluster.outcome import clear_stop, failed, load_outcome, request_stop
+from pipeline.cluster.outcome import clear_stop, failed, load_outcome, request_stop, stop_requested
 from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.worker import Job, Train, Work, run_work
 from pipeline.config.scaling import ScalingConfig
@@ -74,11 +74,12 @@ def run_jobs(
     train: Train,
     result_type: type[Result],
     on_progress: OnProgress | None = None,
+    run: str | None = None,
 ) -> list[Result | TrainingFailed]:
-    """`launch_many` for any `train(job, context)` that returns a `result_type`."""
+    """`launch_many` for any `train(job, context)` that returns a `result_type`. Outcomes are filed under `run`."""
     if cluster_address(scaling) is None:
         preflight(scaling)  # refused before a Ray of its own is started
-    run = uuid.uuid4().hex[:8]
+    run = run or uuid.uuid4().hex[:8]
     for job in jobs:
         clear_stop(job.output)
     if not jobs:
@@ -121,8 +122,9 @@ def _follow(jobs: Sequence[Job], alive: Callable[[], bool], on_progress: OnProgr
         running = alive()  # asked before the last look at the journals
         for index, job in enumerate(jobs):
             entries, offsets[index] = read_journal(job.output / JOURNAL, offsets[index])
-            for entry in entries if on_progress is not None else ():
-                on_progress(job, entry)
+            if on_progress is not None:
+                for entry in entries:
+                    on_progress(job, entry)
         if running:
             time.sleep(_POLL_SECONDS)
 
@@ -132,7 +134,7 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
     from ray.train import ControllerError, TrainingFailedError
 
     pending = list(work.jobs)
-    while pending:
+    while pending and not stop_requested(pending[0].output):
         error: Exception = RuntimeError("left no outcome; put its output on a filesystem that all nodes share")
         try:
             _fit(replace(work, jobs=pending), scaling, capacity)

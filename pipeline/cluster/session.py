@@ -91,11 +91,10 @@ def _start(scaling: ScalingConfig, dashboard: bool) -> None:
 
 
 def _authenticate() -> None:
-    """Token authentication, which Ray does by default but announces as a warning; its token is kept in the home."""
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    home = Path.home()
-    if not (home / ".ray" / "auth_token").exists() and not os.access(home, os.W_OK):
+    """Ray switches token authentication on for a Ray of its own; see that it is quiet, and works without a home."""
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if not token.exists() and not os.access(Path.home(), os.W_OK):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 

@@ -1,5 +1,6 @@
 """What runs in every Ray Train worker: the jobs of a launch, one after the other."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +39,25 @@ def run_work(work: Work) -> None:
     A job that raises for a reason of its own is settled as failed. With other workers in the group the exception is
     raised too, because they may be waiting in a collective: the group is started again and goes on with the next job.
     """
+    # One line for every report of every worker, at a level that RunConfig.logging_config does not reach.
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     for job in work.jobs:
+        if stop_requested(job.output):
+            return
         if load_outcome(job.output, work.run) is None:
             _run_job(job, work)
 
 
 def _run_job(job: Job, work: Work) -> None:
+    from pipeline.training import TrainingStopped
+
     context = _context(job)
     try:
         result = work.train(job, context)
+    except TrainingStopped:
+        return  # asked for by the driver, which is on its way out
     except Exception as error:
-        if _worth_retrying(error):
+        if worth_retrying(error):
             raise
         failed(work.run, error).save(job.output)
         if context.world_size > 1:
@@ -59,7 +68,8 @@ def _run_job(job: Job, work: Work) -> None:
     _barrier()  # nobody looks at the outcome of this job before it is written
 
 
-def _worth_retrying(error: Exception) -> bool:
+def worth_retrying(error: Exception) -> bool:
+    """Whether an exception may come from outside the job, so that a new attempt makes sense."""
     # A worker sees the death of another as a RuntimeError of the process group, a failing disk or network as an
     # OSError. Any other exception comes from the job itself and would come again.
     return isinstance(error, OSError | RuntimeError) and not isinstance(error, torch.OutOfMemoryError)

@@ -1,0 +1,89 @@
+"""The driver's view of a sweep: the record of every trial, kept on disk, told to the sampler and shown."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.outcome import load_outcome
+from pipeline.cluster.sweep.samplers import Sampler
+from pipeline.cluster.sweep.trials import Leg, Point, State, Trial, save_trial
+
+OnTrial = Callable[[Trial], None]
+"""Called in the driver at the start of a trial, after each of its epochs, and at its end."""
+
+
+class Board:
+    """All trials of a sweep in `root`. Its methods are called by one thread, the one that runs the sweep."""
+
+    def __init__(
+        self,
+        root: Path,
+        run: str,
+        *,
+        sampler: Sampler,
+        identify: Callable[[dict[str, Any]], str],
+        num_trials: int,
+        known: Sequence[Trial],
+        on_trial: OnTrial,
+    ) -> None:
+        self.root, self.run, self._sampler, self._identify = root, run, sampler, identify
+        self.trials = {trial.number: trial for trial in known}
+        self._waiting = [trial for trial in known if not trial.finished]
+        self._new = num_trials - len(known)
+        self._started: dict[int, float] = {}
+        self._on_trial = on_trial
+
+    @property
+    def num_left(self) -> int:
+        """Trials that are yet to be started."""
+        return len(self._waiting) + self._new
+
+    def next(self) -> Trial | None:
+        """The next trial to run: interrupted ones first, then new points; None when there are no more."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        values = self._sampler.ask() if self._new > 0 else None
+        if values is None:
+            self._new = 0
+            return None
+        self._new -= 1
+        trial = Trial(
+            number=max(self.trials, default=-1) + 1,
+            identity=self._identify(values),
+            legs=(Leg(epoch=0, values=values),),
+        )
+        self._keep(trial)
+        return trial
+
+    def started(self, number: int, values: dict[str, Any]) -> None:
+        """A trial was started or, with other values, goes on as a changed copy of another one."""
+        self._started[number] = time.monotonic()
+        self._keep(self.trials[number].with_values(values))
+
+    def reported(self, number: int, point: Point) -> None:
+        """A trial has finished an epoch."""
+        self._keep(self.trials[number].with_point(point).lasting(self._elapsed(number)))
+
+    def ended(self, number: int, error: str = "") -> None:
+        """A trial has ended by itself, by the scheduler, or with an error."""
+        trial = self.trials[number]
+        outcome = load_outcome(self.root / trial.job_directory, self.run)
+        state: State = "failed" if error or not trial.history else "stopped"
+        if outcome is not None:
+            state, error = outcome.state, outcome.error or error
+        elif state == "failed" and not error:
+            error = "ended without a single epoch"
+        trial = trial.lasting(self._elapsed(number)).model_copy(update={"state": state, "error": error})
+        self._keep(trial)
+        self._sampler.tell(trial)
+
+    def _elapsed(self, number: int) -> float:
+        now = time.monotonic()
+        before, self._started[number] = self._started.get(number, now), now
+        return now - before
+
+    def _keep(self, trial: Trial) -> None:
+        self.trials[trial.number] = trial
+        save_trial(self.root, trial)
+        self._on_trial(trial)

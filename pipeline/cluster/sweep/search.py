@@ -1,0 +1,133 @@
+"""A sweep from beginning to end: space, trials, results. Interrupted at any time and called again, it goes on."""
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import fingerprint
+from pipeline.cluster.capacity import preflight
+from pipeline.cluster.session import cluster_address, ensure_ray
+from pipeline.cluster.sweep.board import Board, OnTrial
+from pipeline.cluster.sweep.results import write_results
+from pipeline.cluster.sweep.samplers import make_sampler
+from pipeline.cluster.sweep.space import check_space, judged, trial_config
+from pipeline.cluster.sweep.table import Table
+from pipeline.cluster.sweep.trainable import Sweep
+from pipeline.cluster.sweep.trials import Trial, load_trials, pareto_front
+from pipeline.cluster.sweep.tuning import mutable_keys, run_sweep
+from pipeline.cluster.worker import Train
+from pipeline.config.chain import ChainConfig
+from pipeline.config.load import ConfigError
+from tune_spaces import Space, load_space
+
+_log = logging.getLogger(__name__)
+
+
+class SearchFailed(Exception):  # noqa: N818 - reads as the sentence it is
+    """No trial of a sweep came to a result."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a sweep found."""
+
+    overrides: dict[str, Any]
+    """The best trial's values as overrides of the configuration, in the order to apply them."""
+    best: Trial
+    trials: list[Trial]
+    front: list[Trial]
+    """The trials that no other one beats; the best alone with one objective."""
+    files: list[str]
+    """Table, pictures and the best configuration, below the output directory."""
+
+
+def search(
+    base: ChainConfig, *, data: Path, output: Path, on_trial: OnTrial | None = None, train: Train | None = None
+) -> SearchResult:
+    """Search `base.search.space` around `base`, training on the PreparedData in `data`.
+
+    Every trial is one training with its values laid over `base`, judged by its accuracies on the validation split under
+    one fixed threat. Trials of an earlier call with the same settings are kept: finished ones are not run again, others
+    go on from their last epoch. `on_trial` hears of every change of a trial; `train` is pipeline.training.train unless
+    given.
+
+    Raises ConfigError for a space that does not fit, ClusterTooSmall when not even one trial fits into the cluster,
+    SearchFailed when every trial failed.
+    """
+    space = checked_space(base)
+    scaling = base.scaling.model_copy(update={"num_workers": base.search.num_workers})
+    known = _known_trials(output, base)
+    table = Table(base.search.num_trials, list(space), show=on_trial)
+    sweep = Sweep(uuid.uuid4().hex[:8], base, data, output, scaling, train or _train())
+    board = Board(
+        output,
+        sweep.run,
+        sampler=make_sampler(space, base.search, base.seed, known),
+        identify=_identify(base),
+        num_trials=base.search.num_trials,
+        known=known,
+        on_trial=table.update,
+    )
+    if board.num_left:
+        if cluster_address(scaling) is None:
+            preflight(scaling)
+        with ensure_ray(scaling, dashboard=scaling.max_workers > 1), table:
+            run_sweep(sweep, space, board)
+    return _result(base, list(board.trials.values()), output)
+
+
+def checked_space(base: ChainConfig) -> Space:
+    """The space that `base.search` names, tried against `base`. Raises ConfigError; starts nothing."""
+    try:
+        space = load_space(base.search.space)
+    except ValueError as error:
+        raise ConfigError(f"search.space: {error}") from error
+    check_space(space, base)
+    if base.search.scheduler == "pbt":
+        mutable_keys(space)
+    return space
+
+
+def _train() -> Train:
+    from pipeline.training import train
+
+    return train
+
+
+def _identify(base: ChainConfig) -> Callable[[dict[str, Any]], str]:
+    def identify(values: dict[str, Any]) -> str:
+        config = trial_config(base, values)
+        sections = config.model_dump(mode="json", include={"data", "model", "augment", "training", "seed"})
+        return fingerprint({**sections, "workers": base.search.num_workers})
+
+    return identify
+
+
+def _known_trials(output: Path, base: ChainConfig) -> list[Trial]:
+    identify = _identify(base)
+    known = [trial for trial in load_trials(output) if _same(trial, identify)]
+    if known:
+        finished = sum(trial.finished for trial in known)
+        _log.info("search: %d trials are finished, %d go on where they were", finished, len(known) - finished)
+    return known[: base.search.num_trials]
+
+
+def _same(trial: Trial, identify: Callable[[dict[str, Any]], str]) -> bool:
+    try:
+        return identify(trial.legs[0].values) == trial.identity
+    except ConfigError:  # a trial of another space
+        return False
+
+
+def _result(base: ChainConfig, trials: Sequence[Trial], output: Path) -> SearchResult:
+    front = pareto_front(trials, base.search.objectives)
+    if not front:
+        errors = "; ".join(dict.fromkeys(trial.error for trial in trials if trial.error))
+        raise SearchFailed(f"none of {len(trials)} trials came to a result: {errors or 'no error was recorded'}")
+    best = front[0]
+    overrides = judged(base, best.values)
+    files = write_results(output, base, trials, front, overrides)
+    return SearchResult(overrides, best, list(trials), front, files)

@@ -1,0 +1,102 @@
+"""What a sweep shows while it runs: a live table on a terminal, a plain line per event otherwise."""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table as RichTable
+
+from pipeline.cluster.sweep.trials import Trial
+
+_KEYS = 5  # more columns do not fit a terminal
+_ROWS = 20
+
+
+class Table:
+    """Shows the trials of a sweep. A context manager; `update` may also be called outside, to no visible effect."""
+
+    def __init__(
+        self,
+        num_trials: int,
+        keys: Sequence[str],
+        *,
+        show: Callable[[Trial], None] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self._console = console or Console()
+        self._num_trials, self._keys, self._show = num_trials, short_names(keys), show
+        self._trials: dict[int, Trial] = {}
+        self._live: Live | None = None
+        self._open = False
+
+    def __enter__(self) -> Self:
+        self._open = True
+        if self._console.is_terminal:
+            self._live = Live(self._render(), console=self._console, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+        if self._live:
+            self._live.update(self._render(), refresh=True)
+            self._live.stop()
+            self._live = None
+
+    def update(self, trial: Trial) -> None:
+        """Show the present state of a trial, and tell whoever else listens."""
+        self._trials[trial.number] = trial
+        if self._live:
+            self._live.update(self._render())
+        elif self._open:
+            self._console.print(self._line(trial), highlight=False, soft_wrap=True)
+        if self._show is not None:
+            self._show(trial)
+
+    def _line(self, trial: Trial) -> str:
+        fields = [f"trial {trial.number + 1:>{len(str(self._num_trials))}}/{self._num_trials} {trial.state:<8}"]
+        fields += _progress(trial)
+        values = [f"{name}={brief(trial.values[key])}" for key, name in self._keys.items() if key in trial.values]
+        return "  ".join([*fields, *values, trial.error]).rstrip()
+
+    def _render(self) -> RichTable:
+        shown = dict(list(self._keys.items())[:_KEYS])
+        table = RichTable(title=f"search: {len(self._trials)} of {self._num_trials} trials")
+        for name in ("trial", *shown.values(), "epoch", "clean", "robust", "state"):
+            table.add_column(name, justify="right" if name in ("trial", "epoch", "clean", "robust") else "left")
+        # The ones under way, then the best of the others.
+        order = sorted(self._trials.values(), key=lambda t: (t.finished, -(t.best.robust if t.best else 0.0)))
+        for trial in order[:_ROWS]:
+            epoch, clean, robust = _progress(trial, labels=False)
+            values = [brief(trial.values[key]) if key in trial.values else "" for key in shown]
+            table.add_row(str(trial.number + 1), *values, epoch, clean, robust, trial.state)
+        return table
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Every dotted key with as few of its last parts as tell it from the others."""
+    names: dict[str, str] = {}
+    for key in keys:
+        parts = key.split(".")
+        lengths = range(1, len(parts) + 1)
+        others = [other.split(".") for other in keys if other != key]
+        names[key] = next(".".join(parts[-n:]) for n in lengths if all(parts[-n:] != o[-n:] for o in others))
+    return names
+
+
+def brief(value: Any) -> str:
+    """A value in a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _progress(trial: Trial, *, labels: bool = True) -> list[str]:
+    best = trial.best
+    epoch = str(trial.history[-1].epoch) if trial.history else "-"
+    clean, robust = (f"{100 * best.clean:.1f}", f"{100 * best.robust:.1f}") if best else ("-", "-")
+    if labels:
+        return [f"epoch {epoch:>3}", f"clean {clean:>5}", f"robust {robust:>5}"]
+    return [epoch, clean, robust]

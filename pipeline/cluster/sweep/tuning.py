@@ -1,0 +1,179 @@
+"""Ray Tune as the engine of a sweep: it starts trials, schedulers stop or change them, the board keeps the books."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.cluster.capacity import Capacity, preflight, worker_bundle
+from pipeline.cluster.sweep.board import Board
+from pipeline.cluster.sweep.trainable import Sweep, run_trial
+from pipeline.cluster.sweep.trials import Point
+from pipeline.config.load import ConfigError
+from tune_spaces import Choice, Distribution, Integer, Space, Value, When
+
+
+def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
+    """Run the trials that the board has left; returns when all are settled. Ray must be connected.
+
+    Raises ClusterTooSmall when the cluster can never hold one trial.
+    """
+    _set_environment()
+    from ray import tune
+
+    capacity = preflight(sweep.scaling)
+    storage = sweep.root / "ray"
+    tuner = tune.Tuner(
+        tune.with_resources(lambda settings: run_trial(settings, sweep), _resources(sweep, capacity)),
+        tune_config=tune.TuneConfig(
+            metric=sweep.base.search.objectives[0],
+            mode="max",
+            search_alg=_searcher(board),
+            scheduler=_scheduler(sweep, space),
+            num_samples=board.num_left,
+            max_concurrent_trials=_concurrent(sweep, capacity),
+            reuse_actors=sweep.scaling.max_workers == 1,  # a new process imports torch for seconds
+        ),
+        run_config=tune.RunConfig(
+            name=f"sparta-{sweep.run}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(storage.resolve()),
+            failure_config=tune.FailureConfig(max_failures=sweep.scaling.max_failures),
+            callbacks=[_callback(board)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(storage, ignore_errors=True)
+
+
+def _set_environment() -> None:
+    # The trials' own files hold what Tune's loggers would copy, and interrupts are the chain's to handle.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+
+
+def _resources(sweep: Sweep, capacity: Capacity) -> dict[str, float]:
+    # A nested trial's own process only waits for its workers. If it held a CPU, drivers could fill the machine and
+    # wait for ever for workers that no longer fit.
+    return worker_bundle(sweep.scaling, capacity) if sweep.scaling.max_workers == 1 else {"CPU": 0}
+
+
+def _concurrent(sweep: Sweep, capacity: Capacity) -> int:
+    slots = capacity.slots(worker_bundle(sweep.scaling, capacity), placement=sweep.scaling.placement)
+    room = max(1, slots // sweep.scaling.max_workers)
+    return min(room, sweep.base.search.max_concurrent or room)
+
+
+def _searcher(board: Board) -> Any:
+    from ray.tune.search import Searcher
+
+    class NextTrial(Searcher):  # type: ignore[misc]
+        """Tune asks, the board answers."""
+
+        def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+        def suggest(self, trial_id: str) -> dict[str, Any] | str:
+            trial = board.next()
+            if trial is None:
+                return str(Searcher.FINISHED)
+            return {"trial": trial.model_dump(mode="json"), "number": trial.number, "values": trial.values}
+
+        def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
+            """The board learns it from the callback, with more detail."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """The trials' own records are the state."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """The trials' own records are the state."""
+
+    return NextTrial()
+
+
+def _callback(board: Board) -> Any:
+    from ray import tune
+
+    class Books(tune.Callback):  # type: ignore[misc]
+        """Passes on what happens to trials."""
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            board.started(trial.config["number"], trial.config["values"])
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+        ) -> None:
+            point = Point(epoch=result["epoch"], robust=result["robust"], clean=result["clean"])
+            board.reported(trial.config["number"], point)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            board.ended(trial.config["number"])
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            cause = trial.get_error() or "the trial's process died"
+            board.ended(trial.config["number"], error=" ".join(str(cause).split())[-500:])
+
+    return Books()
+
+
+def _scheduler(sweep: Sweep, space: Space) -> Any:
+    from ray.tune import schedulers
+
+    search = sweep.base.search
+    if search.scheduler == "asha":
+        return schedulers.ASHAScheduler(
+            time_attr="epoch",
+            # Above the last epoch: a trial that gets there is to finish by itself and keep its model.
+            max_t=(search.epochs or sweep.base.training.epochs) + 1,
+            grace_period=search.grace_epochs,
+            reduction_factor=search.reduction_factor,
+        )
+    if search.scheduler == "pbt":
+        mutable = mutable_keys(space)
+        return schedulers.PopulationBasedTraining(
+            time_attr="epoch",
+            perturbation_interval=search.grace_epochs,
+            hyperparam_mutations={"values": {key: _drawer(distribution) for key, distribution in mutable.items()}},
+            custom_explore_fn=lambda settings: {**settings, "values": _clipped(settings["values"], mutable)},
+        )
+    return schedulers.FIFOScheduler()
+
+
+def mutable_keys(space: Space) -> dict[str, Distribution]:
+    """What population-based training may change between two epochs: unconditional settings of the training, no kinds.
+
+    The network itself must stay as it is, because the weights go on.
+    """
+    found = {
+        key: rule
+        for key, rule in space.items()
+        if key.startswith("training.") and not key.endswith(".kind") and not isinstance(rule, When)
+    }
+    if not found:
+        raise ConfigError(
+            f"search.scheduler=pbt needs an unconditional training.* key in the space, got {', '.join(space)}; "
+            "add one or take another scheduler"
+        )
+    return found
+
+
+def _drawer(distribution: Distribution) -> Any:
+    if isinstance(distribution, Choice):
+        return list(distribution.options)
+    import random
+
+    return lambda: distribution.sample(random.Random())  # noqa: S311 - no secret
+
+
+def _clipped(values: Mapping[str, Value], mutable: Mapping[str, Distribution]) -> dict[str, Value]:
+    """Tune multiplies by 0.8 or 1.2 without a look at the range."""
+    return {key: _clip(value, mutable[key]) if key in mutable else value for key, value in values.items()}
+
+
+def _clip(value: Any, distribution: Distribution) -> Value:
+    if isinstance(distribution, Choice):
+        return value  # type: ignore[no-any-return]
+    inside = min(max(value, distribution.low), distribution.high)
+    return round(inside) if isinstance(distribution, Integer) else float(inside)
