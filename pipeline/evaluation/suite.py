@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.artifacts import digest_file, fingerprint
 from pipeline.config.evaluation import EvaluationConfig, ThreatModel
 from pipeline.data import PreparedData, open_split
+from pipeline.evaluation.audit import audit
 from pipeline.evaluation.blocks import (
     OTHER_ATTACKS,
     Arrays,
@@ -56,17 +57,26 @@ def evaluate(
     Raises:
         ValueError: a transfer attack without a reference; a missing package; more than the test split asked for.
     """
+    previous = _previous(output)
     evaluate_shard(model, prepared, config, output, seed=seed, reference=reference)
     result = merge(model, prepared, config, output, seed=seed, reference=reference)
     if config.audit.budget == "off":
         return result
-    from pipeline.evaluation.audit import audit
-
-    x, y = first_examples(prepared, config.audit.resolved_num_examples, _device(model))
-    report = audit(model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference)
+    if previous is not None and previous.audit is not None and previous.model_copy(update={"audit": None}) == result:
+        report = previous.audit
+    else:
+        x, y = first_examples(prepared, config.audit.resolved_num_examples, _device(model))
+        report = audit(model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference)
     result = result.model_copy(update={"audit": report})
     result.save(output)
     return result
+
+
+def _previous(output: Path) -> Evaluation | None:
+    try:
+        return Evaluation.load(output)
+    except ValueError:
+        return None
 
 
 def evaluate_shard(

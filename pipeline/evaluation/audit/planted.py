@@ -66,6 +66,7 @@ def fit(
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+    optimizer.zero_grad()
     return model.eval()
 
 

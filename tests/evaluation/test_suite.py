@@ -1,0 +1,240 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config.evaluation import (
+    AuditConfig,
+    CurveConfig,
+    EvaluationConfig,
+    FGSMAttack,
+    NoiseAttack,
+    PGDAttack,
+    SquareAttack,
+    TargetedAttack,
+    ThreatModel,
+    TransferAttack,
+)
+from pipeline.evaluation import Evaluation, evaluate, evaluate_shard, merge
+from pipeline.evaluation.attacks import run_attack
+from pipeline.evaluation.blocks import load_arrays
+
+CONFIG = EvaluationConfig(
+    threat=ThreatModel(eps=0.1),
+    attacks=(
+        NoiseAttack(num_draws=2),
+        FGSMAttack(),
+        PGDAttack(steps=5),
+        PGDAttack(steps=5, restarts=2, loss="margin"),
+        TargetedAttack(steps=5, num_targets=2),
+        SquareAttack(num_queries=20),
+    ),
+    other_threats=(ThreatModel(norm="l2", eps=0.5),),
+    curve=CurveConfig(multiples=(0.5, 1.0, 3.0), steps=5, num_examples=100),
+    num_examples=150,
+    block_size=32,
+    save_adversarial=True,
+    audit=AuditConfig(budget="off"),
+)
+ALL_ATTACKS = (*CONFIG.attacks, TransferAttack(steps=5))
+
+
+@pytest.fixture(scope="module")
+def finished(robust, prepared, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluation")
+    return evaluate(robust, prepared, CONFIG, output, seed=0), output
+
+
+def test_every_number_can_be_counted_again_from_the_arrays(finished):
+    result, output = finished
+    arrays = result.arrays(output)
+    assert result.n == 150 == len(arrays["y"])
+    assert result.clean.correct == (arrays["predicted"] == arrays["y"]).sum()
+    for attack in result.attacks:
+        assert attack.accuracy.correct == arrays[f"correct/{attack.name}"].sum()
+    robust = [c.robust.correct for c in result.per_class]
+    assert sum(robust) == result.union.correct == arrays["correct/union"].sum()
+    assert sum(c.clean.n for c in result.per_class) == 150
+
+
+def test_only_what_is_still_correct_goes_on(finished):
+    result, _ = finished
+    left = result.clean.correct
+    for attack in result.attacks:
+        assert attack.attacked == left
+        left -= attack.fooled
+        assert attack.accuracy.correct == left
+    assert result.union.correct == left < result.clean.correct
+
+
+def test_saved_adversarial_images_give_the_recorded_union(finished, robust):
+    result, output = finished
+    arrays = result.arrays(output)
+    x, x_adv, y = (torch.from_numpy(arrays[name]) for name in ("x", "x_adv", "y"))
+    with torch.no_grad():
+        correct = (robust(x_adv).argmax(1) == y) & (robust(x).argmax(1) == y)
+    assert torch.equal(correct, torch.from_numpy(arrays["correct/union"]))
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+
+
+def test_pictures_are_fooled_images_of_different_classes(finished):
+    result, output = finished
+    arrays = result.arrays(output)
+    assert len(arrays["picture/y"]) == CONFIG.num_pictures
+    assert len(set(arrays["picture/y"])) >= min(8, 10) - 2
+    assert (arrays["picture/predicted"] != arrays["picture/y"]).all()
+    index = arrays["picture/index"]
+    assert np.array_equal(arrays["picture/x"], arrays["x"][index])
+    assert np.array_equal(arrays["picture/x_adv"], arrays["x_adv"][index])
+
+
+def test_the_curve_starts_clean_and_falls(finished):
+    result, _ = finished
+    assert [point.eps for point in result.curve] == pytest.approx([0, 0.05, 0.1, 0.3])
+    values = [point.accuracy.value for point in result.curve]
+    assert values == sorted(values, reverse=True)
+    assert all(point.accuracy.n == 100 for point in result.curve)
+
+
+def test_the_other_threat_starts_from_the_clean_images(finished):
+    result, _ = finished
+    assert [r.name for r in result.other_threats] == ["pgd-ce-20x1", "pgd-margin-50x1"]
+    assert result.other_threats[0].attacked == result.clean.correct
+    assert result.other_threats[0].threat.norm == "l2"
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
+def test_results_are_the_same_for_any_number_of_shards(finished, robust, prepared, tmp_path, num_shards):
+    for shard in reversed(range(num_shards)):
+        evaluate_shard(robust, prepared, CONFIG, tmp_path, shard=shard, num_shards=num_shards, seed=0)
+    assert merge(robust, prepared, CONFIG, tmp_path, seed=0) == finished[0]
+
+
+def test_a_killed_evaluation_goes_on_with_the_missing_blocks(finished, robust, prepared, tmp_path):
+    assert evaluate_shard(robust, prepared, CONFIG, tmp_path, shard=0, num_shards=2, seed=0) == [0, 2, 4]
+    victim = next(tmp_path.rglob("block-00002.npz"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"missing or damaged: \[1, 2, 3\]"):
+        merge(robust, prepared, CONFIG, tmp_path, seed=0)
+    assert evaluate_shard(robust, prepared, CONFIG, tmp_path, seed=0) == [1, 2, 3]
+    assert merge(robust, prepared, CONFIG, tmp_path, seed=0) == finished[0]
+
+
+def test_blocks_of_other_weights_are_not_taken_for_these(finished, prepared, tmp_path, gated, robust):
+    evaluate_shard(robust, prepared, CONFIG, tmp_path, seed=0)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        merge(gated, prepared, CONFIG, tmp_path, seed=0)
+
+
+def test_another_seed_draws_other_numbers(finished, robust, prepared, tmp_path):
+    small = CONFIG.model_copy(update={"num_examples": 32, "attacks": (PGDAttack(steps=1),)})
+    first, second = (evaluate(robust, prepared, small, tmp_path / str(s), seed=s) for s in (0, 1))
+    assert not np.array_equal(first.arrays(tmp_path / "0")["x_adv"], second.arrays(tmp_path / "1")["x_adv"])
+
+
+def test_the_record_survives_its_file(finished):
+    result, output = finished
+    assert Evaluation.load(output) == result
+
+
+def test_altered_arrays_are_refused(finished, robust, prepared, tmp_path):
+    small = CONFIG.model_copy(update={"num_examples": 32})
+    result = evaluate(robust, prepared, small, tmp_path, seed=0)
+    (tmp_path / "evaluation.npz").write_bytes(b"other")
+    with pytest.raises(ValueError, match="missing or altered"):
+        result.arrays(tmp_path)
+
+
+def test_a_missing_or_malformed_record_is_a_readable_error(tmp_path):
+    with pytest.raises(ValueError, match="found none: evaluate the model first"):
+        Evaluation.load(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not an evaluation"):
+        Evaluation.load(tmp_path)
+
+
+def test_more_examples_than_there_are_is_refused(robust, prepared, tmp_path):
+    config = CONFIG.model_copy(update={"num_examples": 100_000})
+    with pytest.raises(ValueError, match="num_examples <= "):
+        evaluate(robust, prepared, config, tmp_path, seed=0)
+
+
+def test_a_shard_out_of_range_is_refused(robust, prepared, tmp_path):
+    with pytest.raises(ValueError, match="got shard 3 of 3"):
+        evaluate_shard(robust, prepared, CONFIG, tmp_path, shard=3, num_shards=3, seed=0)
+
+
+def test_a_transfer_attack_without_reference_is_left_out_and_said_so(robust, gated, prepared, tmp_path):
+    config = CONFIG.model_copy(update={"num_examples": 32, "attacks": (TransferAttack(steps=5),)})
+    without = evaluate(robust, prepared, config, tmp_path, seed=0)
+    assert without.attacks == ()
+    assert without.warnings == ("transfer-margin-5: skipped, there is no reference model",)
+    with_one = evaluate(robust, prepared, config, tmp_path, seed=0, reference=gated)
+    assert [attack.name for attack in with_one.attacks] == ["transfer-margin-5"]
+    assert with_one.reference_digest is not None
+
+
+def test_evaluation_leaves_model_and_random_state_alone(robust, prepared, tmp_path):
+    model = nn.Sequential(robust, nn.Dropout(0.5)).train()
+    model[0].requires_grad_(requires_grad=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    config = CONFIG.model_copy(update={"num_examples": 32, "audit": AuditConfig(budget="quick", num_examples=16)})
+    evaluate(model, prepared, config, tmp_path, seed=0)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_a_second_call_does_no_work_twice(robust, prepared, tmp_path, monkeypatch):
+    config = CONFIG.model_copy(update={"num_examples": 32, "audit": AuditConfig(budget="quick", num_examples=16)})
+    first = evaluate(robust, prepared, config, tmp_path, seed=0)
+
+    def fail(*_, **__):
+        raise AssertionError("worked again")
+
+    monkeypatch.setattr("pipeline.evaluation.suite.audit", fail)
+    monkeypatch.setattr("pipeline.evaluation.suite.judge_block", fail)
+    assert evaluate(robust, prepared, config, tmp_path, seed=0) == first
+    assert load_arrays(tmp_path / "evaluation.npz") is not None
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", ALL_ATTACKS, ids=lambda attack: attack.name)
+def test_every_attack_stays_in_ball_and_box_and_repeats(attack, norm, robust, gated, digits):
+    threat = ThreatModel(norm=norm, eps=0.15)
+    x, y = digits.test_x[:40], digits.test_y[:40]
+    first, second = (run_attack(attack, robust, x, y, threat, seed=3, reference=gated)[0] for _ in range(2))
+    delta = (first - x).flatten(1)
+    size = delta.abs().amax() if norm == "linf" else delta.norm(dim=1).max()
+    assert size <= 0.15 + 1e-5
+    assert first.min() >= 0
+    assert first.max() <= 1
+    assert torch.equal(first, second)
+
+
+def test_a_transfer_attack_needs_a_reference(robust, digits):
+    with pytest.raises(ValueError, match="expected a reference model"):
+        run_attack(TransferAttack(), robust, digits.test_x[:2], digits.test_y[:2], ThreatModel(eps=0.1), seed=0)
+
+
+def test_a_missing_package_is_named_with_the_remedy(robust, digits, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
+    with pytest.raises(ValueError, match="pip install pyautoattack"):
+        run_attack(SquareAttack(), robust, digits.test_x[:2], digits.test_y[:2], ThreatModel(eps=0.1), seed=0)
+
+
+def test_a_model_without_input_gradient_is_evaluated_and_fails_the_audit(robust, prepared, tmp_path):
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = robust
+
+        def forward(self, x):
+            return self.inner(x.detach())
+
+    config = CONFIG.model_copy(update={"num_examples": 64, "audit": AuditConfig(budget="quick", num_examples=64)})
+    result = evaluate(Detached(), prepared, config, tmp_path, seed=0)
+    assert result.audit is not None
+    assert not result.audit.passed
