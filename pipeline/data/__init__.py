@@ -1,8 +1,8 @@
 """Data: any source -> verified splits on disk -> batches that depend on the seed alone."""
 
+from pipeline.data.build import identity, prepare
 from pipeline.data.errors import DataError, FfcvMissingWarning
 from pipeline.data.loader import Loader
-from pipeline.data.prepare import identity, prepare
 from pipeline.data.prepared import PreparedData, SplitInfo, open_split
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,23 @@ from pipeline.data.errors import DataError
 from pipeline.data.paths import resolve_path
 from pipeline.data.sources import Source, SourceSplit, checked_labels
 
+_MAX_CLASSES = 100_000
 _LAYOUT = "train_images uint8 (N, H, W) or (N, H, W, 3), train_labels (N,), test_images, test_labels"
+
+
+class _TemporaryFolder:
+    """A folder that goes when nothing refers to it any more."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="npz-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 class MappedImages:
     """Images of an .npz entry, unpacked beside it and mapped, so that any size is read in constant memory."""
 
-    def __init__(self, path: Path, holder: "tempfile.TemporaryDirectory[str]") -> None:
-        self._path, self._holder = path, holder
+    def __init__(self, path: Path, folder: "_TemporaryFolder") -> None:
+        self._path, self._folder = path, folder
         self._array = np.load(path, mmap_mode="r")
         self.shape, self.dtype = self._array.shape, self._array.dtype
 
@@ -47,9 +57,9 @@ def npz_source(config: DataConfig) -> Source:
     """
     assert config.path is not None
     path = resolve_path(config.path, "data.path")
-    holder = tempfile.TemporaryDirectory(prefix="npz-")
+    folder = _TemporaryFolder()
     try:
-        arrays = {name: _unpack(path, name, Path(holder.name)) for name in _names(path)}
+        arrays = {name: _unpack(path, name, folder.path) for name in _names(path)}
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
         raise DataError(f"{path}: expected an .npz file with {_LAYOUT}; it cannot be read ({error})") from error
     _check(path, arrays)
@@ -57,16 +67,24 @@ def npz_source(config: DataConfig) -> Source:
     if "class_names" in arrays:
         names = tuple(str(n) for n in np.load(arrays["class_names"]))
     else:
-        names = tuple(str(n) for n in range(int(max(v.max() for v in labels.values())) + 1))
+        names = _numbered(path, labels["train"])
     splits = {}
     for split, values in labels.items():
-        images = MappedImages(arrays[f"{split}_images"], holder)
+        images = MappedImages(arrays[f"{split}_images"], folder)
         groups = np.load(arrays["train_groups"]) if split == "train" and "train_groups" in arrays else None
         checked = checked_labels(values, len(names), f"{path}: {split}_labels")
         splits[split] = SourceSplit(images, checked, None if groups is None else _group_numbers(groups))
     shape = splits["train"].images.shape  # type: ignore[attr-defined]
     size = int(shape[1]) if shape[1] == shape[2] else None
-    return Source(path.stem, names, splits, size=size, channels=3 if len(shape) == 4 else 1)
+    return Source(path.stem, names, splits, size=size, channels=shape[3] if len(shape) == 4 else 1)
+
+
+def _numbered(path: Path, labels: npt.NDArray[Any]) -> tuple[str, ...]:
+    """Names for classes that have none: 0 to the highest training label."""
+    highest = int(labels.max()) if np.issubdtype(labels.dtype, np.integer) else 0
+    if highest >= _MAX_CLASSES:
+        raise DataError(f"{path}: train_labels go up to {highest}; expected fewer than {_MAX_CLASSES} classes")
+    return tuple(str(n) for n in range(highest + 1))
 
 
 def _group_numbers(groups: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -75,7 +93,7 @@ def _group_numbers(groups: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 def _names(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def _unpack(path: Path, name: str, folder: Path) -> Path:

@@ -53,9 +53,11 @@ class Order:
         bounds = list(range(0, full + 1, step))
         rest = self.num_samples - full
         if rest and not self.drop_last:
-            if rest < self.world_size:
-                # Too few for one sample per rank: the last two global batches share evenly instead.
+            # Too few for one sample per rank: the last two global batches share evenly, or become one.
+            if rest < self.world_size and self.batch_size > 1:
                 bounds[-1] -= (step - rest) // 2
+            elif rest < self.world_size:
+                bounds.pop()
             bounds.append(self.num_samples)
         return bounds
 

@@ -1,0 +1,78 @@
+"""Batches as a function of (seed, epoch, rank, world size)."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.order import Order
+
+
+@given(
+    num_samples=st.integers(1, 200),
+    batch_size=st.integers(1, 40),
+    world_size=st.integers(1, 7),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_every_sample_once_and_equally_many_batches_on_every_rank(num_samples, batch_size, world_size, shuffle, epoch):
+    if num_samples < world_size:
+        return
+    ranks = [Order(num_samples, batch_size, 5, shuffle, rank, world_size) for rank in range(world_size)]
+    batches = [order.batches(epoch) for order in ranks]
+    assert sorted(np.concatenate([i for rank in batches for i in rank])) == list(range(num_samples))
+    assert {len(rank) for rank in batches} == {len(order) for order in ranks}
+    assert all(1 <= len(batch) <= max(2, batch_size) for rank in batches for batch in rank)
+    assert [sum(map(len, rank)) for rank in batches] == [order.samples_per_epoch for order in ranks]
+
+
+@given(num_samples=st.integers(8, 100), batch_size=st.integers(1, 4), world_size=st.integers(1, 2))
+def test_drop_last_keeps_full_batches_only(num_samples, batch_size, world_size):
+    batches = Order(num_samples, batch_size, 0, True, 0, world_size, drop_last=True).batches(0)
+    assert {len(batch) for batch in batches} == {batch_size}
+    assert len(batches) == num_samples // (batch_size * world_size)
+
+
+def test_one_process_gets_the_usual_batches():
+    assert [b.tolist() for b in Order(7, 3).batches(0)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_step_sees_the_same_samples_whatever_the_number_of_ranks(world_size):
+    alone = Order(54, 8, 3, shuffle=True).batches(2)
+    ranks = [Order(54, 8 // world_size, 3, True, rank, world_size).batches(2) for rank in range(world_size)]
+    for step, batch in enumerate(alone[:-1]):
+        assert sorted(batch) == sorted(np.concatenate([rank[step] for rank in ranks]))
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        return np.concatenate(Order(100, 10, seed, shuffle=True).batches(epoch)).tolist()
+
+    assert order(1, 4) == order(1, 4)
+    assert order(1, 4) != order(1, 5)
+    assert order(1, 4) != order(2, 4)
+
+
+def test_generators_differ_between_ranks_epochs_and_batches():
+    def draw(rank, epoch, batch):
+        order = Order(100, 10, 0, True, rank, 2)
+        return torch.rand(1, generator=order.generator(epoch, batch)).item()
+
+    places = [(r, e, b) for r in range(2) for e in range(3) for b in range(3)]
+    assert len({draw(*place) for place in places}) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 5, "batch_size": 8, "drop_last": True}, "drop_last leaves no batch: 5 samples"),
+        ({"num_samples": 5, "batch_size": 0}, "batch_size expected at least 1, got 0"),
+        ({"num_samples": 5, "batch_size": 2, "rank": 2, "world_size": 2}, "rank expected from 0 to"),
+        ({"num_samples": 1, "batch_size": 2, "world_size": 2}, "use fewer ranks"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Order(**arguments)
