@@ -1,7 +1,7 @@
 """The ball of a threat, cut with the box [0, 1] of images: steepest ascent direction, projection, random start.
 
-x, x_adv, g: (B, C, H, W). Projections return points of the ball in exact arithmetic for linf below float64 (the bounds
-are rounded inwards), and up to one rounding for l2.
+x, x_adv, g: (B, C, H, W). Whatever the dtype of x, no rounding takes a projected point out of the ball: linf bounds are
+rounded inwards, and l2 below float32 rounds towards x; what is left is the rounding of eps and norms themselves.
 """
 
 from collections.abc import Callable
@@ -34,12 +34,22 @@ def _linf_projection(x: Tensor, eps: float) -> Projection:
 
 
 def _l2_projection(x: Tensor, eps: float) -> Projection:
+    wide = x.float() if x.dtype.itemsize < 4 else x
+
     def project(x_adv: Tensor) -> Tensor:
-        delta = x_adv - x
+        delta = x_adv - wide
         shrink = (eps / _norms(delta).clamp(min=_TINY)).clamp(max=1)
-        return (x + shrink * delta).clamp(0, 1)
+        exact = (wide + shrink * delta).clamp(0, 1)
+        return exact if x.dtype == wide.dtype else _rounded_towards(exact, x)
 
     return project
+
+
+def _rounded_towards(values: Tensor, x: Tensor) -> Tensor:
+    """`values` in the dtype of x, rounded to the side of x, so that no rounding lengthens the way between them."""
+    cast = values.to(x.dtype)
+    longer = (cast.float() - x.float()).abs() > (values - x.float()).abs()
+    return torch.where(longer, torch.nextafter(cast, x), cast)
 
 
 def _linf_start(noise: Callable[[], Tensor], uniform: Callable[[], Tensor], eps: float) -> Tensor:
