@@ -33,7 +33,7 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
     # Tracers see the operators, which they can export and fuse in their own ways.
     if torch.compiler.is_compiling():
         return reference(x, weight, bias, dilation)
-    return _DepthwiseGate.apply(x, weight, bias, dilation)  # type: ignore[no-any-return]
+    return _DepthwiseGate.apply(x, _alias(weight), None if bias is None else _alias(bias), dilation)  # type: ignore[no-any-return]
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
@@ -56,12 +56,28 @@ class _DepthwiseGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        inputs = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], _needed(ctx, 1), _needed(ctx, 2)]
         if torch.is_grad_enabled():
             return *_differentiable(grads[0], inputs, needs, ctx.dilation), None
         if _fits(inputs[0], inputs[1], ctx.dilation):
             return *_by_kernel(grads[0], inputs, needs), None
         return *_by_operators(grads[0], inputs, needs, ctx.dilation), None
+
+
+def _alias(parameter: Tensor) -> Tensor:
+    """Stand between a parameter and the function, because the engine tells `_needed` nothing about leaves."""
+    return parameter.view_as(parameter)
+
+
+def _needed(ctx: Any, index: int) -> bool:
+    """Whether this backward pass uses the gradient of a parameter.
+
+    needs_input_grad says only that it can have one; autograd.grad(loss, x) with learnable weights doesn't use theirs.
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    return bool(torch._C._will_engine_execute_node(ctx.next_functions[index][0]))
 
 
 def _differentiable(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: int) -> list[Tensor | None]:

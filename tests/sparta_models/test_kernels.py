@@ -1,0 +1,275 @@
+"""The fast path of the gate: agreement with the reference, what it saves and computes, and how it falls back."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparta_models import Sparta, kernel_status
+from sparta_models.activations.functional import depthwise_gate, reference
+from sparta_models.kernels import kernel
+
+compiled = pytest.mark.skipif(kernel() is None, reason=f"no compiled kernel: {kernel_status()}")
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
+# Groups of 16 (or 8) channels: whole, with a rest, less than one; maps down to a single pixel.
+SHAPES = [(2, 32, 8, 8), (3, 20, 5, 7), (2, 3, 1, 1), (1, 17, 1, 6), (2, 16, 6, 1), (2, 1, 4, 4), (5, 64, 2, 2)]
+
+
+def problem(shape, *, dtype=torch.float32, layout=torch.channels_last, bias=True, kernel_size=3, scale=1.0):
+    g = torch.Generator().manual_seed(0)
+    x = (scale * torch.randn(shape, generator=g)).to(dtype).contiguous(memory_format=layout)
+    weight = torch.randn(
+        shape[1], 1, kernel_size, kernel_size, generator=g, dtype=torch.promote_types(dtype, torch.float32)
+    )
+    offset = torch.randn(shape[1], generator=g, dtype=weight.dtype) if bias else None
+    dy = torch.randn(shape, generator=g).to(dtype).contiguous(memory_format=layout)
+    inputs = [t.requires_grad_() for t in (x, weight, offset) if t is not None]
+    return inputs, dy
+
+
+def both(inputs, dy, dilation=1):
+    """Values and gradients of the fast path and of the reference."""
+    results = []
+    for function in (depthwise_gate, reference):
+        y = function(inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None, dilation)
+        results.append((y, *torch.autograd.grad(y, inputs, dy)))
+    return zip(*results, strict=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["last", "first"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_agree_with_the_reference_in_fp32(shape, layout, bias):
+    for fast, slow in both(*problem(shape, layout=layout, bias=bias)):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+        assert fast.dtype == slow.dtype
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 5}, {"kernel_size": 1}, {"kernel_size": 3, "dilation": 2}], ids=str
+)
+def test_other_kernels_agree_with_the_reference_by_operators(options):
+    dilation = options.pop("dilation", 1)
+    for fast, slow in both(*problem((2, 6, 7, 5), **options), dilation):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 30.0, 1e4])
+def test_extreme_inputs_agree_with_the_reference(scale):
+    inputs, dy = problem((2, 16, 4, 4), scale=scale)
+    for fast, slow in both(inputs, dy):
+        torch.testing.assert_close(fast, slow, atol=1e-5 * max(1.0, scale), rtol=1e-5)
+        assert fast.isfinite().all()
+
+
+def test_not_a_number_stays_one():
+    x = torch.zeros(1, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    x[0, 2, 1, 1] = float("nan")
+    for dtype in (torch.float32, torch.bfloat16):
+        y = Sparta(16)(x.to(dtype))
+        assert y[0, 2, 1, 1].isnan()
+        assert y.isnan().sum() == y[:, 2].isnan().sum() == 9
+
+
+def test_bf16_is_as_close_to_fp32_as_rounding_allows():
+    (x, weight, bias), dy = problem((2, 20, 6, 6), dtype=torch.bfloat16)
+    exact = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
+    y = depthwise_gate(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    truth = reference(*exact)
+    # bf16 has 8 bits of mantissa: half a unit in the last place is 2^-9.
+    torch.testing.assert_close(y.float(), truth, atol=1e-6, rtol=2**-8)
+    dx, dw, db = torch.autograd.grad(y, (x, weight, bias), dy)
+    for got, want in zip((dx, dw, db), torch.autograd.grad(truth, exact, dy.float()), strict=True):
+        torch.testing.assert_close(got.float(), want, atol=3e-2, rtol=3e-2)
+    assert (dx.dtype, dw.dtype, db.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def test_autocast_keeps_the_inputs_type():
+    sparta = Sparta(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(2, 8, 4, 4, dtype=dtype, requires_grad=True)
+            y = sparta(x)
+            assert y.dtype == dtype
+            y.sum().backward()
+            assert x.grad.dtype == dtype
+            assert sparta.gate.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_explicit_backward_passes_gradcheck_and_gradgradcheck(bias, dilation):
+    inputs, _ = problem((2, 3, 4, 3), dtype=torch.float64, bias=bias)
+
+    def function(*tensors):
+        return depthwise_gate(tensors[0], tensors[1], tensors[2] if bias else None, dilation)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_second_derivatives_through_the_fast_path_are_the_references():
+    results = []
+    for function in (depthwise_gate, reference):
+        (x, weight, bias), dy = problem((2, 16, 4, 4))
+        (dx,) = torch.autograd.grad(function(x, weight, bias), x, dy, create_graph=True)
+        dx.square().sum().backward()
+        results.append((x.grad, weight.grad, bias.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+
+
+def saved_elements(sparta, x):
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        sparta(x)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("variant", ["depthwise", "shared"])
+def test_only_the_input_and_the_weights_are_saved(variant):
+    sparta = Sparta(16, variant=variant)
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    assert saved_elements(sparta, x) == x.numel() + sparta.gate.weight.numel()
+
+
+@compiled
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_weights_are_not_computed_for_an_attack_or_a_frozen_bank(frozen, monkeypatch):
+    asked = []
+    operators = kernel()
+
+    class Spy:
+        gate_forward = operators.gate_forward
+
+        @staticmethod
+        def gate_backward(*args):
+            asked.append(args[-1])
+            return operators.gate_backward(*args)
+
+    monkeypatch.setattr("sparta_models.activations.functional.kernel", lambda: Spy)
+    sparta = Sparta(16)
+    if frozen:
+        sparta.freeze()
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    torch.autograd.grad(sparta(x).sum(), x)
+    sparta(x).sum().backward()
+    # autograd.grad with respect to x alone asks for no weights, and backward() for them only where they learn.
+    assert asked == [False, not frozen]
+
+
+def test_results_do_not_depend_on_the_number_of_threads_beyond_rounding():
+    threads = torch.get_num_threads()
+    inputs, dy = problem((8, 32, 16, 16))
+    results = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            y = depthwise_gate(*inputs)
+            results.append((y, *torch.autograd.grad(y, inputs, dy)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2:], results[1][2:], atol=1e-3, rtol=1e-4)
+
+
+def test_the_result_is_the_same_each_time():
+    inputs, dy = problem((8, 32, 8, 8))
+    first, second = (torch.autograd.grad(depthwise_gate(*inputs), inputs, dy) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_function_transforms_pass():
+    sparta = Sparta(4)
+    x = torch.randn(1, 4, 3, 3)
+    gradient = torch.func.grad(lambda x: sparta(x).sum())(x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sparta(leaf).sum(), leaf)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_an_empty_batch_passes():
+    assert Sparta(4)(torch.zeros(0, 4, 3, 3)).shape == (0, 4, 3, 3)
+
+
+SCRIPT = """
+import torch
+from sparta_models import Sparta, kernel_status
+torch.manual_seed(0)
+x = torch.randn(2, 16, 4, 4, requires_grad=True)
+y = Sparta(16, beta=2.0)(x)
+y.sum().backward()
+assert torch.allclose(y, x * torch.sigmoid(2 * x), atol=1e-6)
+s = torch.sigmoid(2 * x)
+assert torch.allclose(x.grad, s + 2 * x * s * (1 - s), atol=1e-5)
+print(kernel_status())
+"""
+
+
+def run(script, **environment):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        check=False,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("environment", "status"),
+    [
+        ({"SPARTA_KERNEL": "off"}, "off: SPARTA_KERNEL=off"),
+        ({"CXX": "no-such-compiler"}, "off: no C++ compiler"),
+        ({"CXX": "false"}, "off: Command"),
+    ],
+    ids=["by request", "no compiler", "broken compiler"],
+)
+def test_without_a_kernel_the_operators_give_the_same_and_the_status_says_why(environment, status, tmp_path):
+    assert run(SCRIPT, SPARTA_CACHE=str(tmp_path), **environment).startswith(status)
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_falls_back(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run(SCRIPT, SPARTA_CACHE=str(tmp_path / "file" / "cache")).startswith("off: ")
+
+
+@compiled
+def test_the_kernel_is_built_once_and_kept(tmp_path):
+    first = run(SCRIPT, SPARTA_CACHE=str(tmp_path))
+    (library,) = tmp_path.glob("*.so")
+    assert first == f"on: {library}"
+    written = library.stat().st_mtime_ns
+    assert run(SCRIPT, SPARTA_CACHE=str(tmp_path)) == first
+    assert library.stat().st_mtime_ns == written
+
+
+IMPORTS = """
+import sys
+import sparta_models
+heavy = {"ray", "mlflow", "ffcv", "pydantic", "torchvision", "timm", "onnx", "pipeline"} & set(sys.modules)
+assert not heavy, heavy
+assert "sparta_models.kernels" in sys.modules
+from sparta_models.kernels import _state
+assert _state.cache_info().currsize == 0
+import torch
+assert not hasattr(torch.ops.sparta_models, "gate_forward")
+"""
+
+
+def test_importing_the_library_imports_no_system_package_and_builds_nothing(tmp_path):
+    run(IMPORTS, SPARTA_CACHE=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
