@@ -17,15 +17,15 @@ class TrackingConfig(Section):
     """Deliver to MLflow in the background. When false all is kept locally, for `python -m pipeline.tracking sync`."""
     uri: str | None = None
     """Server or database, e.g. "http://127.0.0.1:5000". None: MLFLOW_TRACKING_URI, else SQLite in the run root."""
-    experiment: str = Field("sparta", min_length=1, max_length=200)
+    experiment: str = Field(default="sparta", min_length=1, max_length=200)
     """MLflow experiment that the runs belong to."""
-    registry_model: str = Field("sparta-activation", pattern=r"^[^/:@\s]{1,200}$")
+    registry_model: str = Field(default="sparta-activation", pattern=r"^[^/:@\s]{1,200}$")
     """Registered model whose versions are the frozen activations."""
-    flush_seconds: float = Field(2.0, gt=0, le=600)
+    flush_seconds: float = Field(default=2.0, gt=0, le=600)
     """Pause between two deliveries in the background."""
-    close_seconds: float = Field(20.0, ge=0, le=600)
+    close_seconds: float = Field(default=20.0, ge=0, le=600)
     """How long the end of a chain, or a registration, waits for the delivery before leaving it to `sync`."""
-    request_timeout: int = Field(5, ge=1, le=600)
+    request_timeout: int = Field(default=5, ge=1, le=600)
     """Seconds one HTTP request may take; there is one retry, because the journal replays what was missed."""
 
     @field_validator("uri")

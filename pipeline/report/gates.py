@@ -1,0 +1,99 @@
+"""What the activations of a trained network do: gate maps of images, and responses to a change of one pixel.
+
+Every activation is read as a gate, y = x phi, so that they can be compared: phi = y / x. For Sparta that is
+sigmoid(g(x)); for ReLU it is 1[x > 0].
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sparta_models import Activation, SiteInfo, sites
+
+Array = npt.NDArray[np.float32]
+
+SURROUNDINGS = (-2.0, 0.0, 2.0)
+_NEXT_TO_ZERO = 1e-3
+_PATCH = 15
+_POINTS = 81
+
+
+class Response(NamedTuple):
+    """Output at one position against the input there, for several values of all its neighbours; means over channels."""
+
+    stage: int
+    x: Array  # (P,)
+    y: dict[float, Array]  # surroundings -> (P,)
+
+
+def last_sites(model: nn.Module) -> list[SiteInfo]:
+    """The last site of every resolution stage."""
+    return list({info.stage: info for info in sites(model)}.values())
+
+
+@torch.no_grad()
+def gate_maps(model: nn.Module, x: Tensor) -> dict[int, Array]:
+    """The gate of the last site of every stage, averaged over channels.
+
+    Args:
+        model: a network with sites, in eval mode.
+        x: (B, C, H, W) images in [0, 1].
+
+    Returns:
+        stage -> (B, h, w) in [0, 1]. Inputs next to 0, where y / x means nothing, count as slightly positive.
+    """
+    maps = {}
+    for info, inner in _inputs(model, x):
+        off_zero = torch.where(inner.abs() < _NEXT_TO_ZERO, torch.full_like(inner, _NEXT_TO_ZERO), inner)
+        gate = model.get_submodule(info.name)(off_zero) / off_zero
+        maps[info.stage] = gate.mean(dim=1).clamp(0, 1).float().cpu().numpy()
+    return maps
+
+
+def responses(model: nn.Module, x: Tensor) -> list[Response]:
+    """How the last site of every stage answers to one position, given what surrounds it.
+
+    Args:
+        model: a network with sites, in eval mode.
+        x: (1, C, H, W) an image, which only tells the sizes of the sites' inputs.
+    """
+    return [_response(model.get_submodule(info.name), info.stage, inner) for info, inner in _inputs(model, x)]
+
+
+@torch.no_grad()
+def _response(site: nn.Module, stage: int, like: Tensor) -> Response:
+    function = site.function
+    assert isinstance(function, Activation)
+    # Only an activation with parameters per position needs its own size; a patch will do for the others.
+    bound = function.cell == ("varying", "independent")
+    height, width = like.shape[2:] if bound else (_PATCH, _PATCH)
+    values = torch.linspace(-4, 4, _POINTS, dtype=like.dtype, device=like.device)
+    curves = {}
+    for around in SURROUNDINGS:
+        patch = torch.full((_POINTS, like.shape[1], height, width), around, dtype=like.dtype, device=like.device)
+        patch[:, :, height // 2, width // 2] = values[:, None]
+        curves[around] = site(patch)[:, :, height // 2, width // 2].mean(dim=1).float().cpu().numpy()
+    return Response(stage, values.float().cpu().numpy(), curves)
+
+
+@torch.no_grad()
+def _inputs(model: nn.Module, x: Tensor) -> list[tuple[SiteInfo, Tensor]]:
+    """What comes into the last site of every stage."""
+    seen: dict[str, Tensor] = {}
+    infos = last_sites(model)
+    hooks = []
+    for info in infos:
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = info.name) -> None:
+            seen[name] = args[0].clone()
+
+        hooks.append(model.get_submodule(info.name).register_forward_pre_hook(keep))
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(info, seen[info.name]) for info in infos]

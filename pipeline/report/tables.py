@@ -1,0 +1,100 @@
+"""The numbers as files: CSV for a spreadsheet, JSON for a program."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.artifacts import canonical, write_atomic
+from pipeline.evaluation.stats import Accuracy, Difference
+from pipeline.report.facts import Row
+from pipeline.report.inputs import ReportInputs
+
+Value = str | int | float | bool | None
+
+
+def write_tables(inputs: ReportInputs, summary: Sequence[Row], output: Path) -> None:
+    """Write summary, curves, training, audit and sweep as CSV, and all records as one JSON."""
+    tables: dict[str, list[dict[str, Value]]] = {
+        "summary": [_summary(row) for row in summary],
+        "curves": list(_curves(inputs)),
+        "training": list(_training(inputs)),
+        "audit": list(_audit(inputs)),
+        "sweep": [
+            {"trial": t.name, "clean": t.clean, "robust": t.robust, "best": t.best, **t.settings} for t in inputs.trials
+        ],
+    }
+    for name, lines in tables.items():
+        if lines:
+            _write_csv(output / f"{name}.csv", lines)
+    write_atomic(output / "report.json", canonical({"inputs": inputs.model_dump(mode="json"), "tables": tables}) + "\n")
+
+
+def _summary(row: Row) -> dict[str, Value]:
+    card = row.card
+    return {
+        "model": card.label,
+        "role": card.role,
+        "activation": card.activation,
+        "architecture": card.architecture,
+        "dataset": card.dataset,
+        "parameters": card.num_parameters,
+        "flops_per_step": card.trained.flops_per_step,
+        "images_per_second": card.trained.images_per_second,
+        "n": row.clean.n,
+        **_accuracy("clean", row.clean),
+        **_accuracy("pgd", row.pgd),
+        **_accuracy("autoattack", row.autoattack),
+        **_accuracy("robust", row.robust),
+        **_difference("robust_gain", row.gain),
+        **_difference("clean_gain", row.clean_gain),
+    }
+
+
+def _accuracy(name: str, accuracy: Accuracy | None) -> dict[str, Value]:
+    if accuracy is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    return {name: accuracy.value, f"{name}_low": accuracy.low, f"{name}_high": accuracy.high}
+
+
+def _difference(name: str, gain: Difference | None) -> dict[str, Value]:
+    if gain is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None, f"{name}_p": None}
+    return {name: gain.value, f"{name}_low": gain.low, f"{name}_high": gain.high, f"{name}_p": gain.p_value}
+
+
+def _curves(inputs: ReportInputs) -> Iterable[dict[str, Value]]:
+    for card in inputs.models:
+        for point in card.evaluation.curve:
+            yield {
+                "model": card.label,
+                "eps": point.eps,
+                "n": point.accuracy.n,
+                **_accuracy("accuracy", point.accuracy),
+            }
+
+
+def _training(inputs: ReportInputs) -> Iterable[dict[str, Value]]:
+    for card in inputs.models:
+        for epoch in card.trained.history:
+            yield {"model": card.label, **epoch.model_dump()}
+
+
+def _audit(inputs: ReportInputs) -> Iterable[dict[str, Value]]:
+    for card in inputs.models:
+        for check in card.evaluation.audit.checks if card.evaluation.audit else ():
+            yield {"model": card.label, **check.model_dump(exclude={"details"})}
+
+
+def _write_csv(path: Path, lines: Sequence[Mapping[str, Value]]) -> None:
+    fields = list(dict.fromkeys(name for line in lines for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
+    write_atomic(path, text.getvalue())
+
+
+def _cell(value: Value) -> Value:
+    # A spreadsheet would run a name that begins like a formula.
+    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t" else value
