@@ -1,0 +1,138 @@
+"""The spaces that come with the project, the distributions they are made of, and a user's own files."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tune_spaces import SPACES, Choice, Integer, Uniform, When, draw, grid, load_space
+
+
+def test_importing_the_spaces_imports_nothing_heavy():
+    code = "import sys, tune_spaces; [tune_spaces.load_space(n) for n in tune_spaces.SPACES]; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "ray", "mlflow", "numpy", "pydantic", "pipeline", "yaml", "optuna"} & set(modules)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_draw_has_the_unconditional_keys_and_only_the_conditional_ones_that_hold(name):
+    space, rng = load_space(name), random.Random(0)
+    for _ in range(200):
+        point = draw(space, rng)
+        for key, rule in space.items():
+            assert (key in point) == (not isinstance(rule, When) or point.get(rule.key) in rule.values)
+
+
+@settings(max_examples=50, deadline=None)
+@given(low=st.floats(1e-6, 1e3), width=st.floats(1e-3, 1e3), log=st.booleans(), seed=st.integers(0, 2**32))
+def test_a_uniform_draw_is_inside_its_range(low, width, log, seed):
+    distribution = Uniform(low, low + width, log=log)
+    assert low <= distribution.sample(random.Random(seed)) <= low + width
+
+
+@settings(max_examples=50, deadline=None)
+@given(low=st.integers(1, 100), width=st.integers(1, 100), log=st.booleans(), seed=st.integers(0, 2**32))
+def test_an_integer_draw_is_whole_and_inside_its_range(low, width, log, seed):
+    value = Integer(low, low + width, log=log).sample(random.Random(seed))
+    assert isinstance(value, int)
+    assert low <= value <= low + width
+
+
+def test_a_logarithmic_uniform_has_its_median_at_the_geometric_mean():
+    rng, distribution = random.Random(0), Uniform(1e-4, 1.0, log=True)
+    below = sum(distribution.sample(rng) < 1e-2 for _ in range(4000))
+    assert abs(below / 4000 - 0.5) < 0.03  # four standard deviations
+
+
+def test_both_ends_of_an_integer_are_drawn():
+    rng = random.Random(0)
+    for log in (False, True):
+        assert {Integer(1, 4, log=log).sample(rng) for _ in range(200)} == {1, 2, 3, 4}
+
+
+def test_a_grid_holds_every_combination_and_both_ends():
+    points = grid({"a": Uniform(1.0, 100.0, log=True), "b": Integer(1, 3), "c": Choice("x", "y")}, 3)
+    assert len(points) == 3 * 3 * 2
+    assert sorted({round(point["a"], 9) for point in points}) == [1.0, 10.0, 100.0]
+    assert {point["b"] for point in points} == {1, 2, 3}
+
+
+def test_a_conditional_parameter_multiplies_a_grid_only_where_it_exists():
+    space = {"kind": Choice("p", "t"), "beta": When("kind", ("t",), Uniform(0.0, 1.0))}
+    assert grid(space, 2) == [{"kind": "p"}, {"kind": "t", "beta": 0.0}, {"kind": "t", "beta": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Uniform(1.0, 1.0), "low < high"),
+        (lambda: Uniform(0.0, float("inf")), "finite"),
+        (lambda: Uniform(0.0, 1.0, log=True), "low > 0"),
+        (lambda: Integer(3, 2), "low < high"),
+        (lambda: Choice("a"), "at least two"),
+        (lambda: Choice("a", "a"), "different"),
+    ],
+)
+def test_a_distribution_that_makes_no_sense_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+YAML = """
+training.threat.eps: {uniform: ["2/255", "8/255"]}
+training.optimizer.lr: {log_uniform: [0.01, 0.5]}
+training.method.attack.steps: {integer: [1, 10]}
+training.method.kind: {choice: [pgd_at, trades]}
+training.method.beta: {uniform: [1, 10], when: {training.method.kind: trades}}
+"""
+PYTHON = """
+from tune_spaces import Choice, Integer, Uniform, When
+SPACE = {
+    "training.threat.eps": Uniform(2 / 255, 8 / 255),
+    "training.optimizer.lr": Uniform(0.01, 0.5, log=True),
+    "training.method.attack.steps": Integer(1, 10),
+    "training.method.kind": Choice("pgd_at", "trades"),
+    "training.method.beta": When("training.method.kind", ("trades",), Uniform(1.0, 10.0)),
+}
+"""
+
+
+def test_a_space_reads_the_same_from_yaml_and_from_python(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text(YAML)
+    (tmp_path / "own.py").write_text(PYTHON)
+    assert load_space(str(tmp_path / "own.yaml")) == load_space(str(tmp_path / "own.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "lr: {uniform: [1, 0]}", "low < high"),
+        ("a.yaml", "lr: {gauss: [1, 0]}", "expected one of uniform, log_uniform"),
+        ("a.yaml", "lr: {uniform: [1]}", "cannot be made of"),
+        ("a.yaml", "lr: {uniform: [a, b]}", "cannot be made of"),
+        ("a.yaml", "lr: 3", "expected one of uniform"),
+        ("a.yaml", "- lr", "expected a mapping"),
+        ("a.yaml", "lr: {uniform: [", "not valid YAML"),
+        ("a.yaml", "{}", "at least one key"),
+        ("a.yaml", "b: {uniform: [0, 1], when: {kind: x}}", "not above it"),
+        ("a.yaml", "b: {uniform: [0, 1], when: x}", "expected one condition"),
+        ("a.py", "import nonsense_module", "does not run: ModuleNotFoundError"),
+        ("a.py", "x = 1", "expected SPACE"),
+        ("a.py", "SPACE = {'lr': 3}", "expected a Uniform"),
+        ("a.txt", "", "expected a search space"),
+    ],
+)
+def test_a_bad_space_file_gives_one_clear_line(tmp_path: Path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_space(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_space_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"activation, attack, joint, optim.*got 'atack'"):
+        load_space("atack")
