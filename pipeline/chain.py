@@ -77,6 +77,7 @@ class Chain:
         self.output = output
         self.done: dict[str, Finished] = {}
         self.failed: dict[str, str] = {}
+        self.errors: dict[str, Exception] = {}
         self._force, self._only, self._say = force, only, say
 
     # --- deciding ---------------------------------------------------------------------------------------------------
@@ -86,7 +87,8 @@ class Chain:
         if broken := [key for key in node.needs if key in self.failed]:
             return Decision(node, Action.BLOCKED, f"needs {', '.join(broken)}")
         if waiting := [key for key in node.needs if key not in self.done]:
-            return Decision(node, Action.RUN, f"after {', '.join(waiting)}")
+            more = f" and {len(waiting) - 2} more" if len(waiting) > 2 else ""
+            return Decision(node, Action.RUN, f"after {', '.join(waiting[:2])}{more}")
         inputs = self._inputs(node)
         directory = self.output / node.stage / node.branch / artifacts.fingerprint(inputs)[:12]
         record = artifacts.load_record(directory)
@@ -156,8 +158,9 @@ class Chain:
     def _execute(self, nodes: Sequence[Node[Any]], services: "Services") -> None:
         position = 0
         while position < len(nodes):
-            runner, batch = nodes[position].runner, []
-            while position < len(nodes) and nodes[position].runner is runner:
+            first: Node[Any] = nodes[position]
+            batch: list[Decision] = []
+            while position < len(nodes) and nodes[position].runner is first.runner and (first.together or not batch):
                 decision = self._restricted(self.decide(nodes[position]))
                 if decision.action in (Action.RUN, Action.RESUME) and decision.directory is None:
                     break  # needs a node of this very batch
@@ -217,6 +220,7 @@ class Chain:
         if isinstance(result, Exception):
             context.run.fail()
             self.failed[node.key] = f"{type(result).__name__}: {result}"
+            self.errors[node.key] = result
             details = context.services.log_failure(node.key, result)
             self._say(f"{node.key:<34} FAILED     {self.failed[node.key]} (traceback: {details})")
 
@@ -237,7 +241,7 @@ def _record(decision: Decision, directory: Path, result: StageResult) -> StageRe
         inputs=dict(decision.inputs),
         payload=result.payload,
         outputs=outputs,
-        output_digest=artifacts.output_digest(outputs),
+        output_digest=result.digest or artifacts.output_digest(outputs),
     )
 
 

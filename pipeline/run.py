@@ -20,6 +20,7 @@ from pipeline.chain import Action, Chain, OutputLockedError
 from pipeline.cluster import ClusterTooSmall
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
+from pipeline.data import DataError
 from pipeline.stages.graph import STAGES, head, tail, tuned
 from pipeline.stages.services import Services
 from pipeline.stages.summary import closing_lines
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(load_config(options.config, options.overrides), options)
-    except (ConfigError, OutputLockedError) as error:
+    except (ConfigError, DataError, OutputLockedError) as error:
         return _fail(error, BAD_CONFIG)
     except ClusterTooSmall as error:
         return _fail(error, CLUSTER_TOO_SMALL)
@@ -84,7 +85,10 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
         if chain.failed:
             services.chain_run.fail()
     print(closing_lines(config, chain.output, chain.done, chain.failed))
-    return STAGE_FAILED if chain.failed else DONE
+    refused = [error for error in chain.errors.values() if isinstance(error, DataError)]
+    for error in refused:
+        _fail(error, BAD_CONFIG)
+    return BAD_CONFIG if refused else STAGE_FAILED if chain.failed else DONE
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

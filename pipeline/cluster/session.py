@@ -3,6 +3,8 @@
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,14 +32,28 @@ def ensure_ray(scaling: ScalingConfig, *, dashboard: bool = False) -> Iterator[N
     import ray
 
     _set_environment(scaling)
-    if address := cluster_address(scaling):
-        _join(address)
-    else:
-        _start(scaling, dashboard)
+    with _own_sigterm():
+        if address := cluster_address(scaling):
+            _join(address)
+        else:
+            _start(scaling, dashboard)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM by one that exits with 15; the application's own comes back at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def cluster_address(scaling: ScalingConfig) -> str | None:
@@ -54,6 +70,8 @@ def _set_environment(scaling: ScalingConfig) -> None:
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A SIGTERM is no crash: no native stack trace for it.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     # Zeroing CUDA_VISIBLE_DEVICES for tasks without a GPU will become Ray's default; asking for it silences the notice.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -62,7 +80,7 @@ def _join(address: str) -> None:
     import ray
 
     try:
-        ray.init(address=address, logging_level="WARNING")
+        ray.init(address=address, logging_level="WARNING", log_to_driver=False)
     except (ConnectionError, RuntimeError) as error:
         raise ConnectionError(
             f"expected a Ray cluster at {address!r}, got {error}; check scaling.address, RAY_ADDRESS and RAY_AUTH_TOKEN"
@@ -87,6 +105,7 @@ def _start(scaling: ScalingConfig, dashboard: bool) -> None:
         include_dashboard=dashboard,
         dashboard_host="127.0.0.1",
         logging_level="WARNING",
+        log_to_driver=False,  # people are shown the journals' entries instead, in order and by name
     )
 
 

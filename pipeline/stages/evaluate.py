@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.data import PreparedData
-from pipeline.evaluation import evaluate
+from pipeline.evaluation.suite import evaluate
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.training import load_model
 

@@ -20,9 +20,11 @@ from pipeline.stages.search import SearchTask, TunedConfig, search_node
 from pipeline.stages.train import TrainTask, train_node
 
 STAGES = ("prepare", "search", "pretrain", "freeze", "transfer", "evaluate", "report")
+_SOURCE_NAME = "source"
 _SOURCE_DATA = "prepare:source"
 _SOURCE = "pretrain:source"
 _BANK = "freeze:bank"
+_SEARCH = "search:best"
 
 
 def head(config: ChainConfig) -> list[Node[Any]]:
@@ -37,7 +39,7 @@ def head(config: ChainConfig) -> list[Node[Any]]:
 
 def tuned(config: ChainConfig, done: Mapping[str, Finished]) -> ChainConfig:
     """The configuration of the stages after the search: the best trial's settings laid over it."""
-    finished = done.get("search:best")
+    finished = done.get(_SEARCH)
     if finished is None:
         return config
     return overlay(config, TunedConfig.model_validate(finished.record.payload).overrides)
@@ -45,13 +47,20 @@ def tuned(config: ChainConfig, done: Mapping[str, Finished]) -> ChainConfig:
 
 def tail(config: ChainConfig) -> list[Node[Any]]:
     """The nodes after the search."""
-    trained = {label: (reported, node) for reported, node, label in _trainings(config)}
-    models = [reported for reported, _ in trained.values()]
-    trainings = [node for _, node in trained.values()]
+    models = reported_models(config)
+    pretrain = [_train(model) for model in models if model.target == _SOURCE_NAME]
+    transfer = [_train(model) for model in models if model.target != _SOURCE_NAME]
     freeze = freeze_node(FreezeTask(_SOURCE, _SOURCE_DATA, _threat(config)))
     evaluations = [_evaluation(config, model) for model in models]
-    report = report_node(ReportTask(config.name, config.report, tuple(models), _BANK, config.search.enabled))
-    return [*trainings[:2], freeze, *trainings[2:], *evaluations, report]
+    search = _SEARCH if config.search.enabled else None
+    report = report_node(ReportTask(config.name, config.report, models, _BANK, search, config.seed))
+    return [*pretrain, freeze, *transfer, *evaluations, report]
+
+
+def reported_models(config: ChainConfig) -> tuple[ReportedModel, ...]:
+    """The networks of the chain: the source and every target, each beside its control."""
+    targets = (TransferTarget(name=_SOURCE_NAME), *config.transfer)
+    return tuple(_reported(config, target, control=control) for target in targets for control in (False, True))
 
 
 def _datasets(config: ChainConfig) -> dict[str, DataConfig]:
@@ -59,24 +68,14 @@ def _datasets(config: ChainConfig) -> dict[str, DataConfig]:
     return {"source": config.data, **own}
 
 
-def _trainings(config: ChainConfig) -> list[tuple[ReportedModel, Node[TrainTask], str]]:
-    source = TransferTarget(name="source")
-    found = []
-    for target in (source, *config.transfer):
-        for control in (False, True):
-            found.append(_training(config, target, control=control))
-    return found
-
-
-def _training(
-    config: ChainConfig, target: TransferTarget, *, control: bool
-) -> tuple[ReportedModel, Node[TrainTask], str]:
-    is_source = target.name == "source"
+def _reported(config: ChainConfig, target: TransferTarget, *, control: bool) -> ReportedModel:
+    is_source = target.name == _SOURCE_NAME
     stage = "pretrain" if is_source else "transfer"
     frozen = not is_source and not control
-    branch = f"{target.name}-control" if control else target.name
+    own, twin = (f"{target.name}-control", target.name) if control else (target.name, f"{target.name}-control")
+    activation = config.control if control else config.model.activation
     task = TrainTask(
-        model=_model(target.model or config.model, config.control if control else config.model.activation),
+        model=_model(target.model or config.model, activation),
         augment=target.augment or config.augment,
         training=target.training or config.training,
         seed=config.seed,
@@ -84,10 +83,22 @@ def _training(
         bank=_BANK if frozen else None,
         adapt=target.adapt if frozen else None,
     )
-    node = train_node(stage, branch, task)
-    twin = f"{stage}:{target.name}" if control else f"{stage}:{target.name}-control"
-    role = "control" if control else "source" if is_source else "transfer"
-    return ReportedModel(branch, role, node.key, twin, task.data, f"evaluate:{branch}", task), node, node.key
+    return ReportedModel(
+        branch=own,
+        target=target.name,
+        role="control" if control else "source" if is_source else "transfer",
+        trained=f"{stage}:{own}",
+        twin=f"{stage}:{twin}",
+        data=task.data,
+        evaluation=f"evaluate:{own}",
+        activation=activation.name,
+        task=task,
+    )
+
+
+def _train(model: ReportedModel) -> Node[TrainTask]:
+    stage, _, branch = model.trained.partition(":")
+    return train_node(stage, branch, model.task)
 
 
 def _model(architecture: ArchitectureConfig, activation: ActivationConfig) -> ModelConfig:

@@ -19,6 +19,8 @@ class StageResult(NamedTuple):
 
     payload: dict[str, Any]
     outputs: list[str]
+    digest: str | None = None
+    """Identity of the output where files that differ can mean the same; None: the digests of the files."""
 
 
 class Finished(NamedTuple):
@@ -60,10 +62,12 @@ class Node(Generic[Task]):
     sections: Mapping[str, Any]
     """JSON values of exactly the settings that the result depends on."""
     runner: Runner[Task]
-    """Neighbours with the same runner that are ready together are run together."""
+    """Runs the stage."""
     needs: tuple[str, ...] = ()
     version: int = 1
     """Raised when the stage's code makes something else of the same inputs."""
+    together: bool = False
+    """Whether neighbours of the same runner that are ready at the same time are handed to it in one call."""
     trains: bool = False
     """Whether it asks the cluster for the workers of `scaling`."""
 

@@ -75,6 +75,10 @@ class Services:
         write_atomic(path, details)
         return path
 
+    def lineage(self, reference: str | None) -> str | None:
+        """Where a registered activation comes from, in words; None while MLflow is away."""
+        return None if reference is None else self.registry.lineage(reference)
+
     def snapshot(self) -> None:
         """Write the configuration in force beside the results."""
         write_atomic(self.output / "config.json", canonical(self.config.model_dump(mode="json")) + "\n")

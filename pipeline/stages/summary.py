@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.chain import ChainConfig
-from pipeline.evaluation import Evaluation
+from pipeline.evaluation.records import Evaluation
 from pipeline.stages.graph import reported_models
 from pipeline.stages.node import Finished
 from pipeline.stages.report import ReportedModel
@@ -42,7 +42,7 @@ def _row(model: ReportedModel, done: Mapping[str, Finished]) -> tuple[str, ...]:
         if result.audit.passed
         else f"FAILED: {', '.join(result.audit.failed)}"
     )
-    activation = network.activation.name if not frozen else f"{model.source_activation}{frozen}"
+    activation = model.activation + frozen
     clean = f"{100 * result.clean.value:5.1f}"
     return (model.branch, model.role, network.name, activation, result.dataset, clean, robust, audit)
 

@@ -14,6 +14,7 @@ from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.stages.freeze import FrozenBank
 from pipeline.stages.node import Node, StageContext, StageResult
+from pipeline.tracking import Entry
 from pipeline.training import TrainedModel, TrainJob
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def train_node(stage: str, branch: str, task: TrainTask) -> Node[TrainTask]:
         "adapt": task.adapt,
     }
     needs = (task.data,) if task.bank is None else (task.data, task.bank)
-    return Node(stage, branch, task, sections, run_training, needs, trains=True)
+    return Node(stage, branch, task, sections, run_training, needs, together=True, trains=True)
 
 
 def run_training(contexts: Sequence[StageContext[TrainTask]]) -> Sequence[StageResult | Exception]:
@@ -59,11 +60,29 @@ def run_training(contexts: Sequence[StageContext[TrainTask]]) -> Sequence[StageR
             jobs[context.key] = _job(context)
         except (ValueError, OSError) as error:
             outcomes[context.key] = error
-    results = launch_many(list(jobs.values()), contexts[0].services.config.scaling)
+    names = {job.output: key for key, job in jobs.items()}
+
+    def on_progress(job: TrainJob, entry: Entry) -> None:
+        if line := progress_line(names[job.output], entry, job.training.epochs):
+            print(line, flush=True)
+
+    results = launch_many(list(jobs.values()), contexts[0].services.config.scaling, on_progress=on_progress)
     by_key = {context.key: context for context in contexts}
     for key, result in zip(jobs, results, strict=True):
         outcomes[key] = result if isinstance(result, TrainingFailed) else _result(by_key[key], result)
     return [outcomes[context.key] for context in contexts]
+
+
+def progress_line(key: str, entry: Entry, epochs: int) -> str | None:
+    """One line for a validated epoch of a training; None for an entry without a validation."""
+    figures = entry.metrics
+    if "val_robust" not in figures:
+        return None
+    return (
+        f"{key:<34} epoch {figures['epoch']:>3.0f}/{epochs}  loss {figures['train_loss']:.3f}  validation: "
+        f"clean {100 * figures['val_clean']:.1f} %, robust {100 * figures['val_robust']:.1f} %  "
+        f"{figures['images_per_second']:.0f} img/s"
+    )
 
 
 def _job(context: StageContext[TrainTask]) -> TrainJob:

@@ -1,0 +1,103 @@
+"""report: every number and picture of the chain on one page."""
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.report import ReportConfig
+from pipeline.data import PreparedData
+from pipeline.evaluation.records import Evaluation
+from pipeline.report import PAGE, ModelCard, ReportInputs, Trial, build_report
+from pipeline.report.inputs import Role
+from pipeline.stages.freeze import FrozenBank
+from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+from pipeline.stages.search import TunedConfig
+from pipeline.training import TrainedModel, load_model
+
+if TYPE_CHECKING:
+    from pipeline.stages.train import TrainTask
+
+
+@dataclass(frozen=True)
+class ReportedModel:
+    """One row of the report, by the keys of the nodes that made it."""
+
+    branch: str
+    target: str
+    role: Role
+    trained: str
+    twin: str
+    """Key of the network with the other activation, trained on the same data with the same budget."""
+    data: str
+    evaluation: str
+    activation: str
+    """Name of the activation at its sites."""
+    task: "TrainTask"
+
+
+@dataclass(frozen=True)
+class ReportTask:
+    """What the page shows."""
+
+    chain: str
+    report: ReportConfig
+    models: tuple[ReportedModel, ...]
+    bank: str
+    search: str | None
+    seed: int
+
+
+def report_node(task: ReportTask) -> Node[ReportTask]:
+    """The node that writes the report."""
+    needs = [key for model in task.models for key in (model.data, model.trained, model.evaluation)]
+    needs += [task.bank] + ([task.search] if task.search else [])
+    sections = {"report": task.report.model_dump(mode="json"), "chain": task.chain}
+    return Node("report", "page", task, sections, run_report, tuple(dict.fromkeys(needs)))
+
+
+def _report(context: StageContext[ReportTask]) -> StageResult:
+    task = context.task
+    frozen = FrozenBank.model_validate(context.upstream[task.bank].record.payload)
+    inputs = ReportInputs(
+        title=task.report.title or task.chain,
+        models=tuple(_card(context, model) for model in task.models),
+        trials=_trials(context, task.search),
+        reference=frozen.reference,
+        lineage=context.services.lineage(frozen.reference),
+        facts={"seed": str(task.seed), "activation digest": frozen.digest},
+    )
+    report = build_report(inputs, context.directory, task.report)
+    # The page holds everything it shows, so a copy at a stable place is whole.
+    shutil.copyfile(context.directory / PAGE, context.services.output / PAGE)
+    context.run.artifact(context.directory / PAGE)
+    return StageResult({"page": PAGE}, sorted(str(path.relative_to(context.directory)) for path in report.files))
+
+
+def _card(context: StageContext[ReportTask], model: ReportedModel) -> ModelCard:
+    prepared = PreparedData.load(context.upstream[model.data].directory)
+    trained, evaluated = context.upstream[model.trained], context.upstream[model.evaluation]
+    network = load_model(trained.directory / "model")
+    options: dict[str, Any] = dict(model.task.model.options)
+    return ModelCard(
+        label=model.branch,
+        target=model.target,
+        role=model.role,
+        activation=model.activation,
+        architecture=" ".join([model.task.model.name, *(f"{key}={value}" for key, value in options.items())]),
+        dataset=prepared.name,
+        class_names=prepared.class_names,
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        trained=TrainedModel.model_validate(trained.record.payload),
+        evaluation=Evaluation.load(evaluated.directory),
+        evaluation_directory=evaluated.directory,
+        model_directory=trained.directory / "model",
+    )
+
+
+def _trials(context: StageContext[ReportTask], search: str | None) -> tuple[Trial, ...]:
+    if search is None:
+        return ()
+    return TunedConfig.model_validate(context.upstream[search].record.payload).trials
+
+
+run_report = one_by_one(_report)
