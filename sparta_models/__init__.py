@@ -2,6 +2,7 @@
 
 from sparta_models.activations import ACTIVATIONS, Activation, Cell, Sparta, build_activation
 from sparta_models.bank import ActivationBank, frozen_parameters
+from sparta_models.convert import Replacement, convert
 from sparta_models.kernels import kernel_status
 from sparta_models.models import MODELS, Normalize, build_model
 from sparta_models.sites import ActivationSpec, Site, SiteInfo, install, named_sites, sites
@@ -14,11 +15,13 @@ __all__ = [
     "ActivationSpec",
     "Cell",
     "Normalize",
+    "Replacement",
     "Site",
     "SiteInfo",
     "Sparta",
     "build_activation",
     "build_model",
+    "convert",
     "frozen_parameters",
     "install",
     "kernel_status",

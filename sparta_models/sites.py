@@ -121,11 +121,10 @@ class ActivationSpec:
         return shapes[0] == shapes[1]
 
 
-def named_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Iterate over (name, site), in the order of registration, which in the zoo is the order of the calls."""
-    for name, module in unwrap(model).named_modules():
-        if isinstance(module, Site):
-            yield name, module
+def named_sites(model: nn.Module) -> list[tuple[str, Site]]:
+    """List (name, site) by stage and block; inside a block in the order of registration, which is that of the calls."""
+    found = [(name, module) for name, module in unwrap(model).named_modules() if isinstance(module, Site)]
+    return sorted(found, key=lambda pair: (pair[1].stage, pair[1].block))
 
 
 def sites(model: nn.Module) -> list[SiteInfo]:
