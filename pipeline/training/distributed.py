@@ -102,7 +102,7 @@ class SyncBatchNorm(_BatchNorm):
         """Normalise input (B, C, H, W)."""
         if not self.training:
             return super().forward(input)
-        x = input.float()
+        x = input.to(self.weight.dtype)
         count = x.new_full((1,), x.numel() // x.shape[1])
         sums = _joint_sums(torch.cat((count, x.sum((0, 2, 3)), (x * x).sum((0, 2, 3)))))
         total, (first, second) = sums[0], sums[1:].chunk(2)

@@ -124,6 +124,11 @@ def open_run(
         ValueError: for a batch size that the workers cannot share, or a bank that does not fit.
     """
     config, device = job.training, context.device
+    if config.batch_size % context.world_size:
+        raise ValueError(
+            f"training.batch_size={config.batch_size} cannot be shared evenly by {context.world_size} workers; "
+            f"set it to a multiple of {context.world_size}"
+        )
     model, meta = build_network(job, prepared, bank)
     model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     broadcast_module(model, context.world_size)
@@ -162,11 +167,6 @@ def open_run(
 
 def _loaders(job: TrainJob, context: Context, prepared: PreparedData) -> tuple[Loader, Loader]:
     config, rank, world_size = job.training, context.rank, context.world_size
-    if config.batch_size % world_size:
-        raise ValueError(
-            f"training.batch_size={config.batch_size} cannot be shared evenly by {world_size} workers; "
-            f"set it to a multiple of {world_size}"
-        )
     train = open_split(
         prepared,
         "train",

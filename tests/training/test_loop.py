@@ -1,0 +1,359 @@
+"""The whole training in a plain process: the same seed gives the same bits, also across a kill, and it ends well."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.config.data import AugmentConfig
+from pipeline.config.model import ActivationConfig
+from pipeline.config.training import (
+    AttackConfig,
+    AWPConfig,
+    CheckpointConfig,
+    EarlyStoppingConfig,
+    EMAConfig,
+    FGSMRSConfig,
+    MARTConfig,
+    MixConfig,
+    OptimizerConfig,
+    SelectionConfig,
+    StandardConfig,
+    TRADESConfig,
+)
+from pipeline.training import (
+    Context,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    TrainedModel,
+    TrainingStopped,
+    load_model,
+    train,
+)
+from pipeline.training import epoch as epoch_module
+from pipeline.training import loop as loop_module
+from pipeline.training.files import read_directory
+from pipeline.training.methods import Terms
+from sparta_models import ActivationBank, build_model
+
+RICH = {
+    "ema": EMAConfig(decay=0.9),
+    "augment": AugmentConfig(pad_crop=1, flip=False),
+    "checkpoint": CheckpointConfig(every_steps=1),
+}
+
+
+class Killed(BaseException):
+    """Stands for a kill -9: nothing may catch it and tidy up."""
+
+
+def newest_tensors(output):
+    """All tensors of the newest state: weights, average, momentum."""
+    slots = [output / "checkpoints" / slot for slot in "ab"]
+    states = [read_directory(slot, record="state.json") for slot in slots if slot.exists()]
+    groups, _ = max(states, key=lambda state: state[1]["progress"]["step"])
+    return {f"{g}/{n}": t for g, values in groups.items() for n, t in values.items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def outcome(trained):
+    """What must be equal in two runs of the same job: all but speeds."""
+    return trained.model_dump(exclude={"images_per_second", "share_of_floor"})
+
+
+def train_until(job, step, monkeypatch):
+    """Train, and die in the middle of a step."""
+    real = loop_module.train_step
+
+    def dying(run, x, y):
+        if run.state.step == step:
+            raise Killed
+        return real(run, x, y)
+
+    monkeypatch.setattr(loop_module, "train_step", dying)
+    with pytest.raises(Killed):
+        train(job, Context())
+    monkeypatch.setattr(loop_module, "train_step", real)
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits(make_job):
+    jobs = [make_job("first", **RICH), make_job("again", **RICH), make_job("other", seed=1, **RICH)]
+    first, again, other = (train(job, Context()) for job in jobs)
+    assert outcome(first) == outcome(again)
+    assert same(newest_tensors(jobs[0].output), newest_tensors(jobs[1].output))
+    assert first.weights_sha256 != other.weights_sha256
+
+
+@pytest.mark.parametrize("kill_at", [3, 4])  # at the start of the second epoch, and inside it
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted(kill_at, make_job, monkeypatch):
+    whole, broken = make_job("whole", **RICH), make_job("broken", **RICH)
+    expected = train(whole, Context())
+    train_until(broken, kill_at, monkeypatch)
+    assert outcome(train(broken, Context())) == outcome(expected)
+    assert same(newest_tensors(whole.output), newest_tensors(broken.output))
+    steps = [json.loads(line)["step"] for line in (broken.output / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 6]
+
+
+def test_four_epochs_are_two_and_kill_and_two(make_job, monkeypatch):
+    """Without checkpoints inside the epoch: what was done of the third epoch is done again."""
+    options = {
+        "epochs": 4,
+        "ema": EMAConfig(),
+        "awp": AWPConfig(),
+        "method": TRADESConfig(attack=AttackConfig(steps=1)),
+    }
+    whole, broken = make_job("whole", **options), make_job("broken", **options)
+    expected = train(whole, Context())
+    train_until(broken, 8, monkeypatch)
+    assert outcome(train(broken, Context())) == outcome(expected)
+    assert same(newest_tensors(whole.output), newest_tensors(broken.output))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": StandardConfig()},
+        {"method": TRADESConfig(attack=AttackConfig(steps=1, loss="kl", start="normal", bn="train"))},
+        {"method": MARTConfig(attack=AttackConfig(steps=1)), "awp": AWPConfig(warmup_epochs=1)},
+        {"method": FGSMRSConfig(), "eps_warmup_epochs": 1, "label_smoothing": 0.1},
+        {"mix": MixConfig(kind="cutmix"), "optimizer": OptimizerConfig(clip_norm=0.5)},
+        {"precision": "bf16", "ema": EMAConfig()},
+        {"activation": ActivationConfig(name="frelu", sharing="stage")},
+    ],
+    ids="-".join,
+)
+def test_every_kind_of_training_learns(options, make_job):
+    trained = train(make_job(epochs=3, **options), Context())
+    losses = [record.train_loss for record in trained.history]
+    assert losses[-1] < losses[0]
+    assert 0 <= trained.val_robust <= trained.val_clean <= 1
+
+
+def test_kept_network_is_the_selected_epochs_average(make_job):
+    job = make_job(epochs=3, **RICH)
+    trained = train(job, Context())
+    best = max(record.val_robust for record in trained.history)
+    first_best = next(record.epoch for record in trained.history if record.val_robust == best)
+    assert trained.selected_epoch == first_best
+    assert trained.val_robust == best
+    kept = load_model(job.output / "model")
+    if trained.selected_epoch == 3:
+        live = {n[6:]: t for n, t in newest_tensors(job.output).items() if n.startswith("model/")}
+        assert not same(live, kept.state_dict())
+    assert [p.name for p in (job.output / "checkpoints").glob("best-*")] == [f"best-{first_best:04d}"]
+
+
+def test_finished_training_is_returned_and_a_changed_one_is_redone(make_job, monkeypatch):
+    job = make_job(epochs=1)
+    trained = train(job, Context())
+    assert json.loads((job.output / "trained.json").read_text()) == json.loads(trained.model_dump_json())
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "train_step", None)
+        assert train(job, Context()) == trained
+    changed = job.model_copy(update={"seed": 5})
+    assert train(changed, Context()).fingerprint != trained.fingerprint
+    (job.output / "model" / "model.safetensors").write_bytes(b"")
+    assert outcome(train(changed, Context()))["weights_sha256"] != trained.weights_sha256
+
+
+def test_frozen_bank_is_the_same_after_training(make_job, tmp_path):
+    torch.manual_seed(3)
+    source = build_model("resnet8", activation="frelu", in_channels=1, width=4)
+    bank = ActivationBank.from_model(source)
+    bank.save(tmp_path / "bank")
+    options = {"bank": tmp_path / "bank", "ema": EMAConfig(decay=0.5), "awp": AWPConfig()}
+    job = make_job(bank_digest=bank.digest, **options)
+    trained = train(job, Context())
+    kept = load_model(job.output / "model")
+    assert trained.bank_digest == bank.digest
+    assert trained.activation_digest == trained.activation_digest_before == ActivationBank.from_model(kept).digest
+    assert all(
+        torch.equal(a.function.weight, b.function.weight)
+        for a, b in zip(sites_of(kept), sites_of(source), strict=True)
+        if hasattr(a.function, "weight")
+    )
+
+
+def sites_of(model):
+    from sparta_models import named_sites
+
+    return [site for _, site in named_sites(model)]
+
+
+def test_bank_of_another_digest_is_refused(make_job, tmp_path):
+    bank = ActivationBank.from_model(build_model("resnet8", in_channels=1, width=4))
+    bank.save(tmp_path / "bank")
+    with pytest.raises(ValueError, match=r"expected a bank with digest 0000 in .*bank, got"):
+        train(make_job(bank=tmp_path / "bank", bank_digest="0000"), Context())
+
+
+def test_a_frozen_activation_that_changed_is_found(make_job, tmp_path, monkeypatch):
+    """A defect planted in the step moves a frozen parameter; the digest after the training tells."""
+    bank = ActivationBank.from_model(build_model("resnet8", in_channels=1, width=4))
+    bank.save(tmp_path / "bank")
+    real = loop_module.train_step
+
+    def leaking(run, x, y):
+        with torch.no_grad():
+            next(p for p in run.model.parameters() if not p.requires_grad).add_(0.1)
+        return real(run, x, y)
+
+    monkeypatch.setattr(loop_module, "train_step", leaking)
+    with pytest.raises(RuntimeError, match="the frozen activations changed in training"):
+        train(make_job(bank=tmp_path / "bank", epochs=1), Context())
+
+
+def poisoned(monkeypatch, step, make_loss):
+    """Let the loss of one step be what make_loss makes of it."""
+    real = loop_module.train_step
+
+    def step_with(run, x, y):
+        method = run.method
+
+        class Poisoned:
+            perturb, cost = method.perturb, method.cost
+
+            def terms(self, *args):
+                terms = method.terms(*args)
+                return Terms(make_loss(terms.loss), terms.adv, terms.clean)
+
+        run.method = Poisoned() if run.state.step == step else method
+        return real(run, x, y)
+
+    monkeypatch.setattr(loop_module, "train_step", step_with)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_loss_stops_before_the_step_and_keeps_the_batch(value, make_job, monkeypatch):
+    job = make_job(**RICH)
+    poisoned(monkeypatch, 4, lambda loss: loss * value)
+    with pytest.raises(NonFiniteLossError, match=r"at step 4; the step was not taken, the batch is in"):
+        train(job, Context())
+    assert all(t.isfinite().all() for t in newest_tensors(job.output).values())
+    from safetensors.torch import load_file
+
+    batch = load_file(job.output / "nonfinite-step4-rank0.safetensors")
+    assert batch["x"].shape == batch["x_adv"].shape == (32, 1, 8, 8)
+    monkeypatch.undo()
+    assert train(job, Context()).epochs == 2  # the last good checkpoint goes on
+
+
+def test_out_of_memory_names_numbers_and_settings(make_job, monkeypatch):
+    def full(run, x, y):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(loop_module, "train_step", full)
+    with pytest.raises(OutOfMemoryError, match=r"32 images per worker .* 2.00 GiB.*lower training.batch_size=32"):
+        train(make_job(), Context())
+
+
+def test_stop_request_checkpoints_and_the_job_goes_on_from_there(make_job):
+    asked = iter([False, False, False, True])
+    job, whole = make_job("stopped", ema=EMAConfig()), make_job("whole", ema=EMAConfig())
+    with pytest.raises(TrainingStopped, match="after step 4"):
+        train(job, replace(Context(), stop_requested=lambda: next(asked)))
+    assert outcome(train(job, Context())) == outcome(train(whole, Context()))
+
+
+def fake_accuracies(monkeypatch, values):
+    accuracies = iter(values)
+    monkeypatch.setattr(epoch_module, "validate", lambda *args, **kwargs: (0.9, next(accuracies)))
+
+
+def test_early_stopping_ends_after_its_patience(make_job, monkeypatch):
+    fake_accuracies(monkeypatch, [0.3, 0.5, 0.45, 0.4, 0.9])
+    trained = train(make_job(epochs=5, early_stopping=EarlyStoppingConfig(patience=2)), Context())
+    assert (trained.epochs, trained.selected_epoch, trained.val_robust) == (4, 2, 0.5)
+    assert trained.stopped_early == "no better robust accuracy in 2 validations"
+
+
+def test_catastrophic_overfitting_ends_the_training_with_the_best_epoch(make_job, monkeypatch):
+    fake_accuracies(monkeypatch, [0.5, 0.6, 0.1, 0.1])
+    trained = train(make_job(epochs=4, method=FGSMRSConfig()), Context())
+    assert (trained.epochs, trained.selected_epoch) == (3, 2)
+    assert "catastrophic overfitting in epoch 3: validation robust accuracy fell from 0.600 to 0.100" in (
+        trained.stopped_early
+    )
+
+
+@pytest.mark.parametrize("kill_at", [None, 10])
+def test_catastrophic_overfitting_falls_back_to_pgd_from_the_best_epoch(kill_at, make_job, monkeypatch):
+    method = FGSMRSConfig(on_collapse="pgd_at", fallback=AttackConfig(steps=3))
+    seen = []
+    real = loop_module.train_step
+
+    def watching(run, x, y):
+        if run.state.step == 9:  # the first step after the collapse starts from the best network
+            best = load_model(run.checkpoints.best(2)).state_dict()
+            assert same(best, run.model.state_dict())
+            assert not run.optimizer.state
+        seen.append(run.method.cost.attack_steps)
+        if run.state.step == kill_at and len(seen) == kill_at + 1:
+            raise Killed
+        return real(run, x, y)
+
+    monkeypatch.setattr(loop_module, "train_step", watching)
+    fake_accuracies(monkeypatch, [0.5, 0.6, 0.1, 0.2])
+    job = make_job(epochs=4, method=method, checkpoint=CheckpointConfig(every_steps=1))
+    if kill_at is not None:
+        with pytest.raises(Killed):
+            train(job, Context())
+    trained = train(job, Context())
+    assert (trained.epochs, trained.selected_epoch, trained.stopped_early) == (4, 2, None)
+    assert [steps for i, steps in enumerate(seen) if i != kill_at] == [1] * 9 + [3] * 3
+
+
+def test_clean_accuracy_selects_when_asked(make_job, monkeypatch):
+    accuracies = iter([(0.7, 0.5), (0.9, 0.1)])
+    monkeypatch.setattr(epoch_module, "validate", lambda *args, **kwargs: next(accuracies))
+    assert train(make_job(selection=SelectionConfig(metric="clean")), Context()).selected_epoch == 2
+
+
+def test_validation_is_due_every_so_many_epochs_and_at_the_end(make_job):
+    selection = SelectionConfig(attack=AttackConfig(steps=1), every=2, max_samples=10)
+    trained = train(make_job(epochs=3, selection=selection), Context())
+    assert [record.epoch for record in trained.history] == [2, 3]
+    assert trained.val_clean * 10 == pytest.approx(round(trained.val_clean * 10))
+
+
+def test_every_epoch_is_reported_and_journaled(make_job):
+    reports, journal = [], []
+    context = Context(
+        report=lambda metrics, checkpoint: reports.append((dict(metrics), checkpoint)),
+        log=lambda metrics, step: journal.append((step, dict(metrics))),
+    )
+    job = make_job(method=TRADESConfig(attack=AttackConfig(steps=1)))
+    train(job, context)
+    assert [metrics["epoch"] for metrics, _ in reports] == [1, 2]
+    assert {checkpoint.name for _, checkpoint in reports} == {"a", "b"}
+    assert [step for step, _ in journal] == [3, 6]
+    expected = {"train_loss", "train_clean", "train_robust", "val_clean", "val_robust", "lr"}
+    expected |= {"images_per_second", "flops_per_step", "share_of_floor", "loader_wait_share", "overhead_share"}
+    assert expected <= journal[0][1].keys() & reports[0][0].keys()
+    assert not (job.output / "metrics.jsonl").exists()
+
+
+def test_flops_are_those_of_the_passes(make_job):
+    """(2 K + 3) forward passes over the batch; a forward's operations are twice its multiplications."""
+    from pipeline.training.floor import forward_flops
+
+    job = make_job(epochs=1)
+    model = build_model("resnet8", activation="relu", in_channels=1, width=4)
+    macs = 64 * 9 * (1 * 4 + 2 * 4 * 4) + 16 * (9 * (4 * 8 + 8 * 8) + 4 * 8) + 4 * (9 * (8 * 16 + 16 * 16) + 8 * 16)
+    assert forward_flops(model, torch.rand(3, 1, 8, 8)) == pytest.approx(2 * macs, rel=0.1)
+    relu = make_job("relu", epochs=1, activation=ActivationConfig(name="relu"))
+    assert train(relu, Context()).flops_per_step == 7 * 32 * forward_flops(model, torch.rand(1, 1, 8, 8))
+    assert isinstance(TrainedModel.model_validate_json(train(job, Context()).model_dump_json()), TrainedModel)
+
+
+def test_batch_that_workers_cannot_share_is_refused(make_job, monkeypatch):
+    monkeypatch.setattr(loop_module, "finished", lambda *args: None)  # which would ask the other workers
+    with pytest.raises(
+        ValueError, match="batch_size=32 cannot be shared evenly by 3 workers; set it to a multiple of 3"
+    ):
+        train(make_job(), Context(world_size=3))
