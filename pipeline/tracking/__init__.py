@@ -1,7 +1,8 @@
 """Runs, metrics and activations in MLflow: the only package that imports mlflow, and not before it is needed."""
 
 from pipeline.tracking.journal import Entry, Journal, read_history, read_journal
-from pipeline.tracking.registry import Activation, Registry
+from pipeline.tracking.lineage import Activation
+from pipeline.tracking.registry import Registry
 from pipeline.tracking.tracker import ChainRun, StageRun, Tracker
 
 __all__ = [

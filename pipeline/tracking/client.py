@@ -14,10 +14,21 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
+from pipeline.config.tracking import redact
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SQLITE = "sqlite:///"
+# What a server says when it is there and does not want this: to be reported, not to be waited for.
+ANSWERS = (
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "INVALID_STATE",
+    "RESOURCE_ALREADY_EXISTS",
+    "BAD_REQUEST",
+    "PERMISSION_DENIED",
+)
 
 
 def open_client(uri: str, *, request_timeout: int = 5) -> "MlflowClient":
@@ -39,6 +50,27 @@ def open_client(uri: str, *, request_timeout: int = 5) -> "MlflowClient":
             connection.execute("PRAGMA journal_mode=WAL")
         connection.close()
     return client
+
+
+@contextmanager
+def reaching(uri: str) -> Iterator[None]:
+    """Turn whatever a missing server or database raises into a ConnectionError with one readable line."""
+    try:
+        yield
+    except (ConnectionError, ValueError):
+        raise
+    except Exception as error:
+        code = getattr(error, "error_code", None)
+        if code in ANSWERS or not (code or isinstance(error, OSError) or _is_database_error(error)):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConnectionError(f"MLflow at {redact(uri)} cannot be reached: {redact(reason)[:300]}") from error
+
+
+def _is_database_error(error: Exception) -> bool:
+    from sqlalchemy.exc import DBAPIError
+
+    return isinstance(error, DBAPIError)
 
 
 def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 from filelock import FileLock
 
 from pipeline.config.tracking import TrackingConfig
-from pipeline.tracking.client import experiment_id, open_client
+from pipeline.tracking.client import ANSWERS, experiment_id, open_client, reaching
 from pipeline.tracking.journal import read_journal
+from pipeline.tracking.lineage import DATA_TAG, UPSTREAM_TAG
 from pipeline.tracking.registry import Registry
 from pipeline.tracking.spool import DatasetUse, Delivered, RunRecord, Spool, artifact_stamp
 
@@ -30,14 +31,6 @@ _ENTRIES_PER_CALL = 100  # of params and of tags
 _PARAM_CHARS = 6000
 _TAG_CHARS = 8000
 _DATASET_DIGEST_CHARS = 36
-_ANSWERS = (
-    "INVALID_PARAMETER_VALUE",
-    "RESOURCE_DOES_NOT_EXIST",
-    "INVALID_STATE",
-    "RESOURCE_ALREADY_EXISTS",
-    "BAD_REQUEST",
-    "PERMISSION_DENIED",
-)
 _METRIC_CHARS = frozenset("_-. :/")
 
 T = TypeVar("T")
@@ -57,10 +50,10 @@ class Delivery:
     def run(self) -> list[str]:
         """Deliver what is pending; return what the server refused, one line each.
 
-        Raises what the connection raises when the server cannot be reached: whatever is left stays pending.
+        Raises ConnectionError when the server cannot be reached: whatever is left stays pending.
         """
         refused: list[str] = []
-        with FileLock(self.spool.directory / "delivery.lock"):
+        with FileLock(self.spool.directory / "delivery.lock"), reaching(self.uri):
             for record in self.spool.pending(self.uri):
                 refused += self._guarded(record)
         return refused
@@ -91,7 +84,7 @@ class Delivery:
                 self.spool.save_delivered(self.uri, record.key, Delivered())
                 self._deliver(record)
         except MlflowException as error:
-            if error.error_code not in _ANSWERS:
+            if error.error_code not in ANSWERS:
                 raise
             return [f"{record.name}: {error.message}"]
         except ValueError as error:
@@ -148,7 +141,7 @@ class Delivery:
         for params_chunk in _chunks(params, _ENTRIES_PER_CALL):
             self._mlflow.log_batch(_id(done), params=params_chunk)
         upstream = {name: self.spool.delivered(self.uri, key).run_id for name, key in record.upstream.items()}
-        tags = {**record.tags, **({"sparta.upstream": json.dumps(upstream)} if upstream else {})}
+        tags = {**record.tags, **({UPSTREAM_TAG: json.dumps(upstream)} if upstream else {})}
         for tags_chunk in _chunks([RunTag(k, _cut(v, _TAG_CHARS)) for k, v in tags.items()], _ENTRIES_PER_CALL):
             self._mlflow.log_batch(_id(done), tags=tags_chunk)
         return done.model_copy(update={"params": tuple(record.params)})
@@ -175,7 +168,7 @@ class Delivery:
         if fresh:
             self._mlflow.log_inputs(_id(done), datasets=[_dataset_input(use) for use in fresh])
             for use in fresh:
-                self._mlflow.set_tag(_id(done), f"sparta.data.{use.context}", f"{use.name} sha256:{use.digest}")
+                self._mlflow.set_tag(_id(done), f"{DATA_TAG}{use.context}", f"{use.name} sha256:{use.digest}")
         return done.model_copy(update={"datasets": (*done.datasets, *(f"{use.digest}:{use.context}" for use in fresh))})
 
     def _artifacts(self, record: RunRecord, done: Delivered) -> Delivered:

@@ -62,15 +62,15 @@ class Flusher:
                 self._changed.notify_all()
 
     def _delay(self) -> float:
-        return min(self._pause * 2.0**self._failures, max(self._pause, _MAX_BACKOFF_SECONDS))
+        return min(self._pause * 2.0 ** min(self._failures, 16), max(self._pause, _MAX_BACKOFF_SECONDS))
 
     def _pass(self) -> bool:
         try:
             refused = self._delivery.run()
         except Exception as error:
-            self._report(
-                f"MLflow cannot be reached ({type(error).__name__}: {_first_line(error)}); metrics are kept locally"
-            )
+            known = isinstance(error, ConnectionError)
+            reason = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
+            self._report(f"{reason}; runs and metrics are kept locally")
             _log.debug("delivery failed", exc_info=True)
             return False
         for line in refused:

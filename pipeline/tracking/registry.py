@@ -7,47 +7,49 @@ their sha256. The digest is also a tag of the version, so that a store that swap
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock
 
 from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking import bank_files
-from pipeline.tracking.client import default_store, experiment_id, open_client, sqlite_path
+from pipeline.tracking.client import default_store, experiment_id, open_client, reaching, sqlite_path
+from pipeline.tracking.lineage import DIGEST_TAG, Activation, describe_lineage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 FLAVOUR = "sparta_models"
-DIGEST_TAG = "sparta.digest"
 _ALIAS = re.compile(r"^(?!latest$|v\d+$)[A-Za-z][\w-]{0,99}$")
 _REFERENCE = re.compile(r"^(?P<name>[^/:@\s]+)(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))$")
 _SOURCE = re.compile(r"^models:/(m-[0-9a-f]{32})$")
 
 
-class Activation(NamedTuple):
-    """A version of the registered model, pinned by number and digest."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    name: str
-    version: int
-    digest: str
-    run_id: str | None
-    description: str
-    tags: dict[str, str]
-    aliases: tuple[str, ...]
 
-    @property
-    def reference(self) -> str:
-        """The immutable reference: NAME/VERSION."""
-        return f"{self.name}/{self.version}"
+def _reaching(method: Callable[Concatenate["Registry", P], R]) -> Callable[Concatenate["Registry", P], R]:
+    """A method that raises ConnectionError when MLflow is away."""
+
+    @wraps(method)
+    def guarded(self: "Registry", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with reaching(self.uri):
+            return method(self, *args, **kwargs)
+
+    return guarded
 
 
 class Registry:
-    """Versions of frozen activations in the MLflow registry; `root` is where the default database lies."""
+    """Versions of frozen activations in the MLflow registry; `root` is where the default database lies.
+
+    Its methods raise ConnectionError when MLflow cannot be reached.
+    """
 
     def __init__(self, config: TrackingConfig, root: Path) -> None:
         self.config = config
@@ -61,6 +63,7 @@ class Registry:
             self._client = open_client(self.uri, request_timeout=self.config.request_timeout)
         return self._client
 
+    @_reaching
     def register(
         self,
         directory: Path,
@@ -72,7 +75,7 @@ class Registry:
     ) -> Activation:
         """Make a bank directory a new version; the same bank of the same run is registered once.
 
-        Raises ValueError for a directory that is no bank or a reserved alias, and MLflow's error when it is away.
+        Raises ValueError for a directory that is no bank, or a reserved alias.
         """
         _check_alias(alias)
         files = bank_files.manifest(directory)
@@ -86,6 +89,7 @@ class Registry:
                 self.client.set_registered_model_alias(self.config.registry_model, alias, str(version))
         return self.resolve(f"{self.config.registry_model}/{version}")
 
+    @_reaching
     def resolve(self, reference: str) -> Activation:
         """Look up NAME@ALIAS or NAME/VERSION. ValueError when it is malformed, unknown or not one of ours."""
         from mlflow.exceptions import MlflowException
@@ -108,6 +112,7 @@ class Registry:
             ) from error
         return self._pinned(found)
 
+    @_reaching
     def versions(self) -> list[Activation]:
         """All versions of the configured model, newest first."""
         found = self.client.search_model_versions(f"name = '{self.config.registry_model}'")
@@ -115,12 +120,14 @@ class Registry:
         pinned = [self._pinned(version, aliases.get(int(version.version), ())) for version in found]
         return sorted(pinned, key=lambda activation: -activation.version)
 
+    @_reaching
     def set_alias(self, reference: str, alias: str) -> None:
         """Point an alias at a version."""
         _check_alias(alias)
         found = self.resolve(reference)
         self.client.set_registered_model_alias(found.name, alias, str(found.version))
 
+    @_reaching
     def set_tags(self, reference: str, tags: Mapping[str, str]) -> None:
         """Set tags of a version; the digest tag cannot be changed."""
         if DIGEST_TAG in tags:
@@ -129,6 +136,7 @@ class Registry:
         for key, value in tags.items():
             self.client.set_model_version_tag(found.name, str(found.version), key, value)
 
+    @_reaching
     def pull(self, reference: str, directory: Path) -> Activation:
         """Put the files of a version into `directory`, all or nothing, and return the version, pinned.
 
@@ -148,6 +156,12 @@ class Registry:
             files.replace(directory)
         return found
 
+    @_reaching
+    def lineage(self, reference: str) -> str:
+        """The way from a version to the runs, data and source it comes from, as indented text."""
+        return describe_lineage(self.client, self.resolve(reference), self.uri)
+
+    @_reaching
     def model_id(self, activation: Activation) -> str:
         """MLflow's id of the logged model behind a version."""
         version = self.client.get_model_version(activation.name, str(activation.version))

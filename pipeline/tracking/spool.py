@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.artifacts import write_atomic
-from pipeline.config.tracking import redact
+from pipeline.config.tracking import TrackingConfig, redact
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -141,6 +141,19 @@ class Spool:
     def pending(self, target: str) -> list[RunRecord]:
         """The runs of which `target` lacks something, found without asking it."""
         return [r for r in self.records() if is_pending(r, self.delivered(target, r.key), self.root)]
+
+    def aim(self, config: TrackingConfig, uri: str) -> None:
+        """Note where the runs are to go, for `sync`; a uri with credentials stays in the environment."""
+        public = uri if redact(uri) == uri else None
+        kept = config.model_copy(update={"uri": public}).model_dump_json()
+        path = self.directory / "target.json"
+        if not path.is_file() or path.read_text(encoding="utf-8") != kept:
+            write_atomic(path, kept)
+
+    def target(self) -> TrackingConfig | None:
+        """Where the runs are to go; None when that was never noted."""
+        path = self.directory / "target.json"
+        return TrackingConfig.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def _delivered_path(self, target: str, key: str) -> Path:
         return self.directory / "delivered" / target_name(target) / f"{key}.json"

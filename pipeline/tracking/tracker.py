@@ -185,6 +185,7 @@ class Run:
     def _begin(self) -> RunRecord:
         if self._record is None:
             self._record = self._continued_or_new()
+            self.tracker.spool.aim(self.tracker.config, self.tracker.uri)
             self.tracker.start()
         return self._record
 

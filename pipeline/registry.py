@@ -1,0 +1,170 @@
+"""The registry of frozen activations from the command line: `python -m pipeline.registry COMMAND ...`.
+
+    list                      all versions, newest first
+    show REF                  tags, aliases and description of a version
+    lineage REF               the way from a version to its runs, data and source
+    pull REF DIR              its files, verified, into DIR, for ActivationBank.load
+    push DIR                  a bank directory as a new version
+    promote REF ...           make it the champion, if audit, AutoAttack and comparison allow
+
+REF is NAME@ALIAS or NAME/VERSION. Exit code 0 done, 1 refused or not reachable, 2 bad input.
+"""
+
+import argparse
+import getpass
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.config.tracking import TrackingConfig
+from pipeline.tracking.lineage import Activation
+from pipeline.tracking.registry import Registry
+
+CHAMPION = "champion"
+
+
+class RefusedError(Exception):
+    """A promotion that the gate does not allow."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of the user are one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = TrackingConfig.model_validate(
+            {key: value for key, value in (("uri", options.uri), ("registry_model", options.model)) if value}
+        )
+        options.run(Registry(config, options.root), options)
+    except ValidationError as error:
+        print(f"error: {error.errors()[0]['msg']}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RefusedError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.registry", description="The registry of frozen activations."
+    )
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where mlflow.db lies by default (runs)")
+    parser.add_argument("--uri", help="tracking server or database; else MLFLOW_TRACKING_URI, else ROOT/mlflow.db")
+    parser.add_argument("--model", help="name of the registered model (sparta-activation)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("list", help="all versions, newest first").set_defaults(run=_list)
+    for name, run, text in (("show", _show, "tags and description"), ("lineage", _lineage, "runs, data and source")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("reference", metavar="REF")
+        command.set_defaults(run=run)
+    pull = commands.add_parser("pull", help="verified files of a version")
+    pull.add_argument("reference", metavar="REF")
+    pull.add_argument("directory", metavar="DIR", type=Path)
+    pull.set_defaults(run=_pull)
+    push = commands.add_parser("push", help="a bank directory as a new version")
+    push.add_argument("directory", metavar="DIR", type=Path)
+    push.add_argument("--alias", default="candidate")
+    push.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
+    push.add_argument("--description", default="")
+    push.set_defaults(run=_push)
+    promote = commands.add_parser("promote", help="candidate -> champion")
+    promote.add_argument("reference", metavar="REF")
+    promote.add_argument(
+        "--network", type=Path, required=True, metavar="DIR", help="model directory with the activation"
+    )
+    promote.add_argument("--evaluation", type=Path, required=True, metavar="DIR", help="evaluation of that network")
+    promote.add_argument("--control", type=Path, required=True, metavar="DIR", help="evaluation of its ReLU control")
+    promote.add_argument("--promote-anyway", metavar="REASON", help="promote against the gate, and record who and why")
+    promote.set_defaults(run=_promote)
+    return parser
+
+
+def _list(registry: Registry, options: argparse.Namespace) -> None:
+    for found in registry.versions():
+        aliases = ", ".join(found.aliases) or "-"
+        print(f"{found.reference:<28} {aliases:<22} sha256:{found.digest[:12]}  {found.description}")
+
+
+def _show(registry: Registry, options: argparse.Namespace) -> None:
+    found = registry.resolve(options.reference)
+    print(f"{found.reference} {' '.join(f'@{alias}' for alias in found.aliases)}\n{found.description}")
+    for key, value in sorted(found.tags.items()):
+        print(f"  {key:<20} {value}")
+
+
+def _lineage(registry: Registry, options: argparse.Namespace) -> None:
+    print(registry.lineage(options.reference))
+
+
+def _pull(registry: Registry, options: argparse.Namespace) -> None:
+    found = registry.pull(options.reference, options.directory)
+    print(f"{found.reference} sha256:{found.digest} -> {options.directory}")
+
+
+def _push(registry: Registry, options: argparse.Namespace) -> None:
+    from sparta_models import ActivationBank
+
+    bank = ActivationBank.load(options.directory)
+    tags = dict(_pair(text) for text in options.tag)
+    own = {"activation": bank.spec.name, "architecture": bank.architecture, "digest": bank.digest}
+    found = registry.register(
+        options.directory, tags={**own, **tags}, description=options.description, alias=options.alias
+    )
+    print(f"{found.reference} @{options.alias} sha256:{found.digest}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise ValueError(f"expected --tag KEY=VALUE, got {text!r}")
+    return key, value
+
+
+def _promote(registry: Registry, options: argparse.Namespace) -> None:
+    from pipeline.evaluation.promotion import promotion_verdict
+    from pipeline.evaluation.records import Evaluation
+
+    found = registry.resolve(options.reference)
+    evaluation, control = Evaluation.load(options.evaluation), Evaluation.load(options.control)
+    _check_network(registry, found, options.network, evaluation.model_digest)
+    verdict = promotion_verdict(evaluation, control, evaluation.audit)
+    if not verdict.allowed and not options.promote_anyway:
+        reasons = "\n".join(f"  - {reason}" for reason in verdict.reasons)
+        raise RefusedError(f"{found.reference} stays what it is:\n{reasons}\n(--promote-anyway REASON overrides this)")
+    tags = {
+        "promotion": verdict.statement,
+        "promoted_by": getpass.getuser(),
+        "evaluated_weights": evaluation.model_digest,
+    }
+    if not verdict.allowed:
+        tags |= {"promoted_anyway": options.promote_anyway, "promotion_refused": "; ".join(verdict.reasons)}
+    registry.set_tags(found.reference, tags)
+    registry.set_alias(found.reference, CHAMPION)
+    print(f"{found.reference} is @{CHAMPION}: {verdict.statement}")
+
+
+def _check_network(registry: Registry, found: Activation, network: Path, evaluated: str) -> None:
+    """What was evaluated must be a network that holds exactly the registered activation."""
+    from tempfile import TemporaryDirectory
+
+    from pipeline.evaluation.blocks import model_digest
+    from pipeline.training import load_model
+    from sparta_models import ActivationBank
+
+    model = load_model(network)
+    if model_digest(model) != evaluated:
+        raise ValueError(f"expected the evaluation to be of the weights in {network}, got one of other weights")
+    with TemporaryDirectory() as scratch:
+        registry.pull(found.reference, Path(scratch) / "bank")
+        bank = ActivationBank.load(Path(scratch) / "bank")
+    if ActivationBank.from_model(model).digest != bank.digest:
+        raise ValueError(f"expected {network} to hold the activation of {found.reference}, got another one")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

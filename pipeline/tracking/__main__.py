@@ -1,0 +1,68 @@
+"""Deliver later what MLflow could not take: `python -m pipeline.tracking sync runs/demo`.
+
+    status DIR ...            how much of the chains in these directories is not in MLflow
+    sync DIR ...              deliver it; again and again is harmless
+
+Exit code 0 all is delivered, 1 not, 2 bad input.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config.tracking import TrackingConfig, redact
+from pipeline.tracking.delivery import Delivery
+from pipeline.tracking.spool import Spool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command over every directory."""
+    options = _parser().parse_args(arguments)
+    try:
+        codes: list[int] = [options.run(_delivery(directory, options.uri)) for directory in options.directories]
+        return max(codes)
+    except (ValueError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking", description="What is not in MLflow yet.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (("status", _status, "how much is left"), ("sync", _sync, "deliver what is left")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="output directory of a chain")
+        command.add_argument("--uri", help="deliver there; else where the chain meant to")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _delivery(directory: Path, uri: str | None) -> Delivery:
+    spool = Spool(directory)
+    if not (spool.directory / "runs").is_dir():
+        raise ValueError(
+            f"expected the output directory of a chain, got {str(directory)!r}, which has no tracking/runs"
+        )
+    config = spool.target() or TrackingConfig()
+    return Delivery(config.model_copy(update={"uri": uri}) if uri else config, spool)
+
+
+def _status(delivery: Delivery) -> int:
+    left = delivery.spool.pending(delivery.uri)
+    names = ": " + ", ".join(record.name for record in left) if left else ""
+    print(f"{delivery.spool.root}: {len(left)} of {len(delivery.spool.records())} runs to deliver{names}")
+    return 1 if left else 0
+
+
+def _sync(delivery: Delivery) -> int:
+    count = len(delivery.spool.pending(delivery.uri))
+    refused = delivery.run()
+    for line in refused:
+        print(f"refused: {redact(line)}", file=sys.stderr)
+    print(f"{delivery.spool.root}: {count - len(refused)} runs delivered to {redact(delivery.uri)}")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
