@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.data.errors import DataError
 from pipeline.data.write import SplitWork
 
+_GRACE = 5.0
 NO_FFCV = "ffcv: "
 """How the message of a process begins that could not import FFCV."""
 
@@ -88,12 +89,19 @@ def _wait(child: "subprocess.Popen[bytes]", job: WriteJob, log: Path, deadline: 
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """End the writer's process group; SIGTERM first, so that Python's tracker removes its shared memory."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-            child.wait(timeout=5)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """End the writer's process group, if it has not ended well by itself."""
+    if child.poll() == 0:
+        return
+    try:
+        os.killpg(child.pid, signal.SIGTERM)
+        # Python's own tracker ignores SIGTERM, removes the shared memory of the dead, and goes: it is given the time.
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline:
+            child.poll()
+            os.killpg(child.pid, 0)
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        child.wait()

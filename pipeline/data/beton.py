@@ -14,14 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 
-_num_threads = torch.get_num_threads()
-# Importing ffcv sets torch to one thread, for the whole process.
+# Importing ffcv sets torch and numba to one thread for the whole process, and spends seconds on compiling a dictionary.
+_threads, _numba_threads, _jit = torch.get_num_threads(), numba.get_num_threads(), numba.config.DISABLE_JIT
+numba.config.DISABLE_JIT = 1
 import ffcv.libffcv  # noqa: E402
-import numba  # noqa: E402
+import ffcv.writer  # noqa: E402
 from ffcv.fields import IntField, NDArrayField, RGBImageField  # noqa: E402
 from ffcv.fields.rgb_image import encode_jpeg  # noqa: E402
 from ffcv.reader import Reader  # noqa: E402
@@ -29,7 +31,9 @@ from ffcv.writer import DatasetWriter  # noqa: E402
 from llvmlite import binding  # type: ignore[import-untyped]  # noqa: E402
 from numba import types  # noqa: E402
 
-torch.set_num_threads(_num_threads)
+torch.set_num_threads(_threads)
+numba.set_num_threads(_numba_threads)
+numba.config.DISABLE_JIT = _jit
 
 from pipeline.data.errors import DataError  # noqa: E402
 from pipeline.data.samples import Pixels, Samples  # noqa: E402
@@ -37,6 +41,7 @@ from pipeline.data.sidecar import Storage  # noqa: E402
 
 Integers = npt.NDArray[np.int64]
 
+_AGAIN = "delete the folder and prepare again"
 _PAGE = 1 << 23
 _DROP_AFTER = 128 << 20
 """Bytes read after which mapped pages are given back: they stay in the page cache, resident memory stays bounded."""
@@ -105,7 +110,14 @@ def write(
     columns = fields(storage, samples.channels, side, quality)
     writer = _ReportingWriter(str(path), columns, page_size=page, num_workers=writers)
     writer.report = report
-    threading.Thread(target=_watch_workers, args=(report,), daemon=True).start()
+    workers: list[Any] = []
+
+    def recorded(**arguments: Any) -> Any:
+        workers.append(multiprocessing.Process(**arguments))
+        return workers[-1]
+
+    ffcv.writer.Process = recorded
+    threading.Thread(target=_watch, args=(workers, report), daemon=True).start()
     writer.from_indexed_dataset(samples)
 
 
@@ -123,12 +135,10 @@ class _ReportingWriter(DatasetWriter):  # type: ignore[misc]
         super()._write_common(num_samples, work, reporting, arguments)
 
 
-def _watch_workers(report: Callable[[str], None]) -> None:
+def _watch(workers: list[Any], report: Callable[[str], None]) -> None:
     """Report a worker that was killed from outside, for example for want of memory."""
-    seen: set[Any] = set()
     while True:
-        seen.update(multiprocessing.active_children())
-        for worker in seen:
+        for worker in list(workers):
             if worker.exitcode not in (None, 0):
                 report(f"a writer process ended with exit code {worker.exitcode} (killed, or out of memory?)")
                 return
@@ -164,7 +174,7 @@ class BetonReader:
         end = int((self._starts + self._sizes).max(initial=0)) if len(self._sizes) == self.num_samples else -1
         expected = self.size * self.size * self.channels
         if not 0 <= end <= path.stat().st_size or (self.storage == "raw" and (self._sizes != expected).any()):
-            raise DataError(f"{path}: its index does not fit its content; delete the folder and prepare again")
+            raise DataError(f"{path}: its index does not fit its content; {_AGAIN}")
 
     def read(self, indices: Integers, boxes: Integers | None = None) -> Pixels:
         """Images uint8 (B, S, S, C) in new memory.
@@ -186,7 +196,7 @@ class BetonReader:
             sizes = self._sizes[indices]
             bad = _decode(self._data, self._starts[indices], sizes, shapes, boxes, scratch, out)
             if bad >= 0:
-                raise DataError(f"image {indices[bad]} does not decode; delete the folder and prepare again")
+                raise DataError(f"image {indices[bad]} does not decode; {_AGAIN}")
         self._give_back(int(self._sizes[indices].sum()))
         return out
 
@@ -211,10 +221,12 @@ def _open(path: Path, expected: dict[str, str]) -> Any:
     try:
         reader = Reader(str(path))
     except Exception as error:  # what FFCV raises on a foreign file depends on the bytes it meets
-        raise DataError(f"{path}: not a .beton file that FFCV can open ({type(error).__name__}: {error})") from error
+        raise DataError(
+            f"{path}: not a .beton file that FFCV can open ({type(error).__name__}: {error}); {_AGAIN}"
+        ) from error
     found = {name: type(handler).__name__ for name, handler in reader.handlers.items()}
     if found != expected:
-        raise DataError(f"{path}: expected the fields {expected}, got {found}; delete the folder and prepare again")
+        raise DataError(f"{path}: expected the fields {expected}, got {found}; {_AGAIN}")
     return reader
 
 

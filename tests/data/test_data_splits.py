@@ -88,7 +88,11 @@ def test_limits_keep_the_class_proportions_and_at_least_one_of_each():
     ("made", "config", "message"),
     [
         (source([0, 0, 2, 2]), DataConfig(), "every class, got none of name1"),
-        (source([0, 1] * 5), DataConfig(classes=(0, 7)), "class numbers from 0 to 1 or names, got 7; known: name0, name1"),
+        (
+            source([0, 1] * 5),
+            DataConfig(classes=(0, 7)),
+            "class numbers from 0 to 1 or names, got 7; known: name0, name1",
+        ),
         (source([0, 1] * 5), DataConfig(classes=("name0", "nmae1")), "got 'nmae1'"),
         (source([0, 1] * 5), DataConfig(classes=(0, "name0")), "names a class twice"),
         (source([0, 1, 2] * 5), DataConfig(limit=SplitLimits(train=2)), "data.limit.train=2 is below the number of"),
