@@ -1,0 +1,131 @@
+"""Command line: judge a model, compare two evaluations, re-judge saved adversarial images, test the audit itself."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from pipeline.config.evaluation import SUITES, EvaluationConfig
+from pipeline.evaluation.audit.confusion import confusion_table
+from pipeline.evaluation.blocks import load_arrays, predict
+from pipeline.evaluation.promotion import promotion_verdict
+from pipeline.evaluation.records import Evaluation
+from pipeline.evaluation.sources import FORMS, open_data, open_model
+from pipeline.evaluation.stats import Accuracy, mcnemar
+from pipeline.evaluation.suite import evaluate
+from pipeline.evaluation.text import describe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 2 bad input, with one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        print(
+            f"error: {'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}", file=sys.stderr
+        )
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluation", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="attack suite and audit of one model"))
+    judge = commands.add_parser("judge", help="accuracy of a model on saved adversarial images (.npz with x_adv and y)")
+    judge.add_argument("model", help=FORMS)
+    judge.add_argument("file", type=Path, help="e.g. evaluation.npz of a run with --save-adversarial")
+    _add_model_options(judge)
+    judge.set_defaults(run=_judge)
+    compare = commands.add_parser("compare", help="two evaluations on the same examples, and the promotion gate")
+    compare.add_argument("candidate", type=Path, help="directory of an evaluation")
+    compare.add_argument("control", type=Path, help="directory of the control's evaluation")
+    compare.set_defaults(run=_compare)
+    confusion = commands.add_parser("confusion", help="the audit against planted defences and honest models")
+    confusion.add_argument("--num-examples", type=int, default=128, help="test images per model")
+    confusion.add_argument("--budget", choices=("quick", "full"), default="quick", help="effort of the audit")
+    confusion.set_defaults(run=_confusion)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", type=Path, help="with a registered activation: the network trained with it")
+    parser.add_argument("--registry-root", type=Path, default=Path("runs"), help="folder of the registry's database")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=FORMS)
+    parser.add_argument("--data", required=True, help="directory of prepared data, an .npz file, or a data set's name")
+    parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and evaluation.npz")
+    parser.add_argument("--norm", default="linf", help="linf or l2")
+    parser.add_argument("--eps", default="8/255", help="radius in pixel units of images in [0, 1]")
+    parser.add_argument("--attacks", default="standard", help=f"suite: {', '.join(SUITES)}")
+    parser.add_argument("--audit", default="quick", help="off, quick or full")
+    parser.add_argument("--num-examples", type=int, help="only the first so many test images")
+    parser.add_argument("--reference", help="model for transfer attacks: a directory or module:function")
+    parser.add_argument("--seed", type=int, default=0, help="of every random number")
+    parser.add_argument("--save-adversarial", action="store_true", help="keep every adversarial image")
+    _add_model_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = EvaluationConfig.model_validate(
+        {
+            "threat": {"norm": arguments.norm, "eps": arguments.eps},
+            "attacks": arguments.attacks,
+            "num_examples": arguments.num_examples,
+            "save_adversarial": arguments.save_adversarial,
+            "audit": {"budget": arguments.audit},
+        }
+    )
+    model = open_model(
+        arguments.model, network=arguments.network, registry_root=arguments.registry_root, device=arguments.device
+    )
+    reference = open_model(arguments.reference, device=arguments.device) if arguments.reference else None
+    prepared = open_data(arguments.data, arguments.output / "data", seed=arguments.seed)
+    print(describe(evaluate(model, prepared, config, arguments.output, seed=arguments.seed, reference=reference)))
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    arrays = load_arrays(arguments.file)
+    if arrays is None or not {"x_adv", "y"} <= arrays.keys():
+        raise ValueError(f"expected an .npz with x_adv (N, C, H, W) and y (N,), got {arguments.file}")
+    model = open_model(
+        arguments.model, network=arguments.network, registry_root=arguments.registry_root, device=arguments.device
+    )
+    x_adv, y = torch.from_numpy(arrays["x_adv"]).float(), torch.from_numpy(arrays["y"]).long()
+    predicted = torch.cat([predict(model, part.to(arguments.device)).cpu() for part in torch.split(x_adv, 256)])
+    print(f"accuracy on {arguments.file}: {Accuracy.of(int((predicted == y).sum()), len(y))}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    evaluations = [Evaluation.load(path) for path in (arguments.candidate, arguments.control)]
+    arrays = [e.arrays(path) for e, path in zip(evaluations, (arguments.candidate, arguments.control), strict=True)]
+    paired = None
+    if np.array_equal(arrays[0]["y"], arrays[1]["y"]):
+        for name in ("clean", "union"):
+            a, b = (found[f"correct/{name}"].astype(bool) for found in arrays)
+            paired = mcnemar(a, b)
+            print(f"{name}: candidate minus control {paired}")
+    verdict = promotion_verdict(evaluations[0], evaluations[1], evaluations[0].audit, paired=paired)
+    print(verdict.statement)
+    print("promotion: allowed" if verdict.allowed else "promotion: refused\n  " + "\n  ".join(verdict.reasons))
+
+
+def _confusion(arguments: argparse.Namespace) -> None:
+    print(confusion_table(num_examples=arguments.num_examples, budget=arguments.budget))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

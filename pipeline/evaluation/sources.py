@@ -1,0 +1,100 @@
+"""Where a model and its test images come from: a directory, the registry, or a function of the user's own."""
+
+import importlib
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.config.data import DataConfig
+from pipeline.config.tracking import TrackingConfig
+from pipeline.data import PreparedData, prepare
+from pipeline.training.model_io import load_model
+from sparta_models import ActivationBank
+
+_REFERENCE = re.compile(r"[^/:@\s]+(@[A-Za-z][\w-]*|/[1-9]\d*)")
+FORMS = (
+    "a directory with model.json (or a run's directory with model/ in it), NAME@ALIAS or NAME/VERSION of the registry, "
+    "or module:function that returns a torch model of images in [0, 1]"
+)
+
+
+def open_model(
+    source: str, *, network: Path | None = None, registry_root: Path = Path("runs"), device: torch.device | str = "cpu"
+) -> nn.Module:
+    """A model in eval mode.
+
+    Args:
+        source: a directory; a registered activation, NAME@ALIAS or NAME/VERSION; or module:function.
+        network: with a registered activation, the directory of the network that was trained with it.
+        registry_root: where the registry's default database lies.
+        device: where the model goes.
+
+    Raises:
+        ValueError: nothing of that form is there, or what is there does not fit.
+    """
+    if Path(source).is_dir():
+        return _from_directory(Path(source), device)
+    if ":" in source:
+        return _from_function(source).eval().to(device)
+    if _REFERENCE.fullmatch(source):
+        return _registered(source, network, registry_root, device)
+    raise ValueError(f"expected {FORMS}; got {source!r}, which is none of these")
+
+
+def open_data(source: str, directory: Path, *, seed: int) -> PreparedData:
+    """Prepared data: a directory that holds it, or an .npz file or a data set's name, which are prepared first.
+
+    Raises:
+        ValueError: it is none of these, or cannot be prepared.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return PreparedData.load(path)
+    if path.suffix == ".npz":
+        return prepare(DataConfig.model_validate({"dataset": "npz", "path": source}), directory, seed=seed)
+    return prepare(DataConfig.model_validate({"dataset": source}), directory, seed=seed)
+
+
+def _from_directory(directory: Path, device: torch.device | str) -> nn.Module:
+    inner = directory / "model"
+    return load_model(inner if inner.is_dir() else directory, device)
+
+
+def _from_function(source: str) -> nn.Module:
+    module_name, _, function_name = source.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"expected a function {source!r} that can be imported from here, got: {error}") from error
+    model = function() if callable(function) and not isinstance(function, nn.Module) else function
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected {source!r} to return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _registered(source: str, network: Path | None, root: Path, device: torch.device | str) -> nn.Module:
+    """What is registered is an activation; what is judged is the network that was trained with it."""
+    if network is None:
+        raise ValueError(
+            f"expected --network DIRECTORY beside {source!r}: the registry holds an activation, and robustness is a "
+            "property of the network that was trained with it"
+        )
+    from pipeline.tracking.registry import Registry
+
+    model = _from_directory(network, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = Registry(TrackingConfig(), root).pull(source, Path(scratch) / "bank")
+        bank = ActivationBank.load(Path(scratch) / "bank")
+    own = ActivationBank.from_model(model)
+    if own != bank:
+        raise ValueError(
+            f"expected a network trained with {found.reference} in {network}, got one with another activation "
+            f"({own.digest[:12]}, not {bank.digest[:12]}): train one with it by the transfer stage"
+        )
+    return model
