@@ -15,7 +15,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.loader import Loader
 from pipeline.data.order import Order
 from pipeline.data.readers import open_reader
-from pipeline.data.sidecar import check_file, file_sha256, read_sidecar
+from pipeline.data.sidecar import Sidecar, check_file, file_sha256, read_sidecar
 
 RECORD_NAME = "prepared.json"
 
@@ -126,11 +126,16 @@ class PreparedData(Section):
     def check(self, split: str) -> Path:
         """The file of a split, after the checks that `check_file` makes."""
         path = self.path(split)
+        check_file(path, self.sidecar(split))
+        return path
+
+    def sidecar(self, split: str) -> Sidecar:
+        """The sidecar of a split, which must be from the same preparation as this record."""
+        path = self.path(split)
         sidecar = read_sidecar(path)
         if (sidecar.content, sidecar.sha256) != (self.splits[split].content, self.splits[split].sha256):
             raise DataError(f"{path}: is from another preparation than {RECORD_NAME}; run the prepare stage again")
-        check_file(path, sidecar)
-        return path
+        return sidecar
 
 
 def data_digest(*, class_names: tuple[str, ...], storage: str, quality: int, contents: dict[str, str]) -> str:
@@ -165,13 +170,15 @@ def open_split(
     Raises:
         DataError: the file does not pass its checks, or the order cannot be made (see `Order`).
     """
-    path = prepared.check(split)
-    if prepared.node_cache is not None:
+    sidecar = prepared.sidecar(split)
+    if prepared.node_cache is None:
+        path = prepared.check(split)
+    else:
         from pipeline.data.remote import copy_to_node
 
-        path = copy_to_node(path, prepared.node_cache)
+        path = copy_to_node(prepared.path(split), prepared.node_cache)
     order = Order(prepared.splits[split].count, batch_size, seed, shuffle, rank, world_size, drop_last)
-    reader = open_reader(path, read_sidecar(path), prepared.loader if loader == "auto" else loader)
+    reader = open_reader(path, sidecar, prepared.loader if loader == "auto" else loader)
     if workers is None:
         cores = len(os.sched_getaffinity(0))
         workers = max(1, cores // min(world_size, cores)) if prepared.storage == "jpeg" else 1

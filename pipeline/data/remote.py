@@ -87,10 +87,12 @@ def copy_to_node(path: Path, cache: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / path.name
     with FileLock(folder / ".lock"):
-        if not sidecar_path(copy).exists():
+        try:
+            check_file(copy, read_sidecar(copy))
+        except DataError:
             _replace_by_copy(path, copy)
             _replace_by_copy(sidecar_path(path), sidecar_path(copy))
-        check_file(copy, sidecar)
+            check_file(copy, sidecar)
     return copy
 
 

@@ -1,0 +1,232 @@
+"""Images as people have them: every mode, damage, folders, torchvision's data sets."""
+
+import pickle
+import urllib.error
+
+import numpy as np
+import pytest
+from data_sets import picture, write_folder
+from PIL import Image
+
+from pipeline.config.data import DataConfig
+from pipeline.data import DataError, prepare
+from pipeline.data.folder import folder_source
+from pipeline.data.samples import fit, shrink, to_channels
+from pipeline.data.sidecar import read_sidecar
+from pipeline.data.sources import open_source
+from pipeline.data.splits import select
+
+
+@pytest.fixture
+def raw(monkeypatch):
+    """Prepare without starting FFCV's writer: what is tested comes before it."""
+    monkeypatch.setattr("pipeline.data.build.ffcv_installed", lambda: False)
+
+
+def grey_ramp():
+    return np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "LA", "YCbCr", "I;16", "I", "F"])
+def test_every_mode_gives_the_same_grey_ramp(mode):
+    ramp = grey_ramp()
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(ramp.astype(np.uint16) * 257)
+        image = image if mode == "I;16" else image.convert("I")
+    elif mode == "F":
+        image = Image.fromarray(ramp.astype(np.float32))
+    else:
+        rgb = Image.fromarray(ramp).convert("RGB")
+        image = rgb.quantize(256) if mode == "P" else rgb.convert(mode)
+    rgb, grey = to_channels(image, 3), to_channels(image, 1)
+    assert (rgb.shape, grey.shape) == ((16, 16, 3), (16, 16, 1))
+    # The palette merges neighbours, CMYK and YCbCr round.
+    tolerance = 2
+    assert np.abs(rgb.astype(int) - ramp[:, :, None]).max() <= tolerance
+    assert np.abs(grey[:, :, 0].astype(int) - ramp).max() <= tolerance
+
+
+def test_a_turned_picture_is_turned_back(tmp_path):
+    image = picture(0, 20, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        assert (to_channels(turned, 3) == np.rot90(np.asarray(image), -1)).all()
+
+
+def test_fit_takes_the_centre_square_and_shrink_keeps_the_shape():
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    assert (fit(wide, 10) == 200).all()
+    assert fit(wide, 5).shape == (5, 5, 3)
+    assert shrink(wide, 15).shape == (5, 15, 3)
+    assert shrink(wide, 99).shape == wide.shape
+    assert fit(np.zeros((7, 4, 1), np.uint8), 8).shape == (8, 8, 1)
+
+
+def test_plain_folder_is_split_by_class(raw, tmp_path):
+    root = write_folder(tmp_path / "images", classes=3, images=10)
+    config = DataConfig(dataset="folder", path=str(root), image_size=16, test_fraction=0.2, val_fraction=0.25)
+    with pytest.warns(UserWarning, match="read into memory"):
+        prepared = prepare(config, tmp_path / "out", seed=0)
+    assert prepared.class_names == ("class0", "class1", "class2")
+    assert {s: prepared.splits[s].class_counts for s in ("train", "val", "test")} == {
+        "train": (6, 6, 6),
+        "val": (2, 2, 2),
+        "test": (2, 2, 2),
+    }
+    assert (prepared.channels, prepared.image_size, prepared.storage) == (3, 16, "raw")
+
+
+@pytest.mark.parametrize(
+    ("folders", "origins"),
+    [
+        (("train", "test"), {"train": "train", "val": "train", "test": "test"}),
+        (("train", "val"), {"train": "train", "val": "train", "test": "test"}),
+        (("train", "val", "test"), {"train": "train", "val": "val", "test": "test"}),
+    ],
+)
+def test_the_folders_own_splits_are_used(tmp_path, folders, origins):
+    for name in folders:
+        write_folder(tmp_path / name, images=5)
+    config = DataConfig(dataset="folder", path=str(tmp_path))
+    chosen, _ = select(open_source(config), config, seed=0)
+    assert {split: part.origin for split, part in chosen.items()} == origins
+
+
+def damaged(root):
+    whole = (root / "class0" / "00.jpg").read_bytes()
+    (root / "class0" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "class1" / "empty.png").write_bytes(b"")
+    (root / "class1" / "text.jpg").write_text("not an image")
+    return root
+
+
+def test_images_that_do_not_decode_are_all_named(raw, tmp_path):
+    root = damaged(write_folder(tmp_path / "images"))
+    config = DataConfig(dataset="folder", path=str(root), image_size=16)
+    with pytest.raises(DataError, match=r"3 images do not decode: class0/cut\.jpg: .*truncated.*on_bad_image=skip"):
+        prepare(config, tmp_path / "out", seed=0)
+    assert not (tmp_path / "out" / "prepared.json").exists()
+
+
+def test_images_that_do_not_decode_are_skipped_and_listed_on_request(raw, tmp_path):
+    root = damaged(write_folder(tmp_path / "images"))
+    config = DataConfig(dataset="folder", path=str(root), image_size=16, on_bad_image="skip")
+    with pytest.warns(UserWarning, match="read into memory"):
+        prepared = prepare(config, tmp_path / "out", seed=0)
+    assert sum(split.count for split in prepared.splits.values()) == 16
+    listed = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in listed] == ["class0/cut.jpg", "class1/empty.png", "class1/text.jpg"]
+
+
+def test_a_class_of_bad_images_only_is_an_empty_class(raw, tmp_path):
+    root = write_folder(tmp_path / "images")
+    for path in (root / "class1").iterdir():
+        path.write_bytes(b"")
+    config = DataConfig(dataset="folder", path=str(root), on_bad_image="skip")
+    with pytest.raises(DataError, match="of every class, got none of class1"):
+        prepare(config, tmp_path / "out", seed=0)
+
+
+def test_group_pattern_keeps_groups_together(raw, tmp_path):
+    root = write_folder(tmp_path / "images", images=12)
+    config = DataConfig(
+        dataset="folder", path=str(root), image_size=8, group_pattern=r"(class\d/\d)\d", val_fraction=0.3
+    )
+    source = folder_source(config)
+    assert source.splits["train"].groups.tolist() == [0] * 10 + [1] * 2 + [2] * 10 + [3] * 2
+    wrong = config.model_copy(update={"group_pattern": "(nothing)"})
+    with pytest.raises(DataError, match=r"does not match 'class0/00\.jpg'"):
+        folder_source(wrong)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: None, "no such file or folder"),
+        (lambda root: root.write_text(""), "expected a folder of images, got a file"),
+        (lambda root: root.mkdir(), "expected one subfolder of images per class.*got none"),
+        (lambda root: [(root / n).mkdir(parents=True) for n in "ab"], "no images"),
+    ],
+)
+def test_a_folder_that_is_none_is_refused(tmp_path, spoil, message):
+    spoil(tmp_path / "images")
+    with pytest.raises(DataError, match=message):
+        open_source(DataConfig(dataset="folder", path=str(tmp_path / "images")))
+
+
+def test_a_class_that_training_lacks_is_named(tmp_path):
+    write_folder(tmp_path / "train", classes=2)
+    write_folder(tmp_path / "test", classes=3)
+    with pytest.raises(DataError, match="classes class2 are not in the training folder"):
+        open_source(DataConfig(dataset="folder", path=str(tmp_path)))
+
+
+def test_jpeg_storage_keeps_shapes_up_to_max_side(photos):
+    from pipeline.data.readers import open_reader
+
+    path = photos.path("train")
+    reader = open_reader(path, read_sidecar(path))
+    assert len(np.unique(reader.shapes, axis=0)) > 3
+    assert reader.shapes.max() == 100
+    reader.close()
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn", "gtsrb", "stl10"])
+def test_offline_says_where_the_files_belong(monkeypatch, tmp_path, dataset):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(DataError, match=f"dataset={dataset}: not in .*no route to host.* Put .* into .*{tmp_path}"):
+        open_source(DataConfig(dataset=dataset, root=tmp_path))
+
+
+def test_cifar10_files_are_read_as_torchvision_keeps_them(monkeypatch, tmp_path):
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
+    for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:
+        (folder / name).write_bytes(pickle.dumps({"data": pixels.reshape(10, -1), "labels": list(range(10))}))
+    names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    source = open_source(DataConfig(dataset="cifar10", root=tmp_path))
+    assert source.class_names == tuple(names)
+    assert len(source.splits["train"].labels) == 50
+    assert (np.asarray(source.splits["test"].images[3]) == pixels[3].transpose(1, 2, 0)).all()
+    assert source.splits["test"].labels.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("dataset", ["svhn", "stl10"])
+def test_planar_arrays_are_turned(monkeypatch, tmp_path, dataset):
+    size = {"svhn": 32, "stl10": 96}[dataset]
+    planar = np.random.default_rng(0).integers(0, 256, (4, 3, size, size), dtype=np.uint8)
+
+    class Opened:
+        def __init__(self, **_):
+            self.data, self.labels = planar, np.array([3, 1, 2, 0])
+
+    monkeypatch.setattr(f"torchvision.datasets.{dataset.upper()}", Opened)
+    source = open_source(DataConfig(dataset=dataset, root=tmp_path))
+    assert (source.splits["train"].images[1] == planar[1].transpose(1, 2, 0)).all()
+    assert (source.size, source.channels, len(source.class_names)) == (size, 3, 4)
+
+
+def test_gtsrb_tracks_are_groups(tmp_path):
+    for label in range(2):
+        folder = tmp_path / "gtsrb" / "GTSRB" / "Training" / f"{label:05d}"
+        folder.mkdir(parents=True)
+        for track in range(3):
+            for frame in range(2):
+                picture(track, 30, 33).save(folder / f"{track:05d}_{frame:05d}.ppm")
+    test = tmp_path / "gtsrb" / "GTSRB" / "Final_Test" / "Images"
+    test.mkdir(parents=True)
+    picture(9, 30, 30).save(test / "00000.ppm")
+    (tmp_path / "gtsrb" / "GT-final_test.csv").write_text("Filename;ClassId\n00000.ppm;1\n")
+    source = open_source(DataConfig(dataset="gtsrb", root=tmp_path))
+    assert source.splits["train"].groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert source.splits["test"].labels.tolist() == [1]
+    assert source.size == 32

@@ -1,0 +1,131 @@
+"""Files that are elsewhere: URLs, a mirror, a copy per node. Fsspec's memory and file systems stand for a store."""
+
+import shutil
+import threading
+import uuid
+
+import fsspec
+import pytest
+import torch
+from data_sets import write_npz
+
+from pipeline.config.data import DataConfig
+from pipeline.data import DataError, PreparedData, open_split, prepare
+from pipeline.data.remote import copy_to_node, fetch_file, publish
+from pipeline.data.sidecar import sidecar_path
+
+pytestmark = pytest.mark.filterwarnings("ignore::pipeline.data.errors.FfcvMissingWarning")
+
+
+@pytest.fixture
+def bucket():
+    url = f"memory://{uuid.uuid4().hex}"
+    yield url
+    store = fsspec.filesystem("memory")
+    if store.exists(url):
+        store.rm(url, recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARTA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pipeline.data.build.ffcv_installed", lambda: False)
+
+
+def train_images(prepared):
+    with open_split(prepared, "train", batch_size=1000) as loader:
+        return next(iter(loader))[0]
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_an_npz_behind_a_url_is_a_source(tmp_path, bucket, scheme):
+    local = write_npz(tmp_path / "far.npz")
+    url = f"{bucket}/far.npz" if scheme == "memory" else local.as_uri()
+    if scheme == "memory":
+        fsspec.filesystem("memory").put_file(str(local), url)
+    prepared = prepare(DataConfig(dataset="npz", path=url), tmp_path / "out", seed=0)
+    assert prepared.digest == prepare(DataConfig(dataset="npz", path=str(local)), tmp_path / "b", seed=0).digest
+
+
+def test_a_url_that_cannot_be_read_is_named(bucket):
+    fsspec.filesystem("memory").pipe(f"{bucket}/other", b"")
+    with pytest.raises(DataError, match=r"nothing\.npz: cannot be read"):
+        fetch_file(f"{bucket}/nothing.npz")
+    with pytest.raises(DataError, match="nosuchscheme"):
+        fetch_file("nosuchscheme://x/y.npz")
+
+
+def test_a_changed_remote_file_is_fetched_again(tmp_path):
+    place = tmp_path / "x.npz"
+    place.write_bytes(b"one")
+    first = fetch_file(place.as_uri())
+    assert fetch_file(place.as_uri()) == first
+    place.write_bytes(b"three")
+    assert fetch_file(place.as_uri()).read_bytes() == b"three"
+
+
+def test_prepared_data_are_read_from_the_mirror_on_a_node_that_has_nothing(rgb_config, bucket, tmp_path):
+    config = rgb_config.model_copy(update={"mirror": bucket})
+    here = prepare(config, tmp_path / "here", seed=0)
+    images = train_images(here)
+    shutil.rmtree(here.directory)
+    with pytest.raises(DataError, match=r"for several nodes use a shared folder, or set data\.mirror"):
+        PreparedData.load(here.directory)
+    there = PreparedData.load(bucket)
+    assert there.digest == here.digest
+    assert torch.equal(train_images(there), images)
+    assert PreparedData.load(bucket).directory == there.directory
+
+
+def test_a_file_that_does_not_arrive_whole_is_refused(rgb_npz, bucket):
+    publish(rgb_npz.directory, bucket)
+    store = fsspec.filesystem("memory")
+    content = store.cat_file(f"{bucket}/train.npz")
+    store.pipe(f"{bucket}/train.npz", content[:-100])
+    with pytest.raises(DataError, match="truncated or half-written"):
+        PreparedData.load(bucket)
+
+
+def test_publishing_twice_sends_nothing_anew(rgb_npz, bucket, monkeypatch):
+    publish(rgb_npz.directory, bucket)
+    sent = []
+    store = type(fsspec.filesystem("memory"))
+    monkeypatch.setattr(store, "put_file", lambda self, *arguments, **_: sent.append(arguments))
+    publish(rgb_npz.directory, bucket)
+    assert sent == []
+
+
+def test_a_mirror_that_cannot_be_written_is_named(rgb_npz, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.mirror=.* cannot be written"):
+        publish(rgb_npz.directory, (tmp_path / "file" / "below").as_uri())
+
+
+def test_a_node_copies_a_file_once(rgb_npz, tmp_path, monkeypatch):
+    copies = []
+    real = shutil.copyfile
+    monkeypatch.setattr("shutil.copyfile", lambda a, b: copies.append(a) or real(a, b))
+    path, cache, results = rgb_npz.path("train"), tmp_path / "node", []
+    threads = [threading.Thread(target=lambda: results.append(copy_to_node(path, cache))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(results)) == 1
+    assert sorted(copies) == [path, sidecar_path(path)]
+    assert results[0].read_bytes() == path.read_bytes()
+
+
+def test_a_damaged_copy_is_made_again(rgb_npz, tmp_path):
+    copy = copy_to_node(rgb_npz.path("train"), tmp_path)
+    copy.write_bytes(b"")
+    assert copy_to_node(rgb_npz.path("train"), tmp_path).read_bytes() == rgb_npz.path("train").read_bytes()
+
+
+def test_open_split_reads_from_the_node_cache(rgb_npz, tmp_path):
+    shutil.copytree(rgb_npz.directory, tmp_path / "shared")
+    record = tmp_path / "shared" / "prepared.json"
+    record.write_text(record.read_text().replace('"node_cache": null', f'"node_cache": "{tmp_path / "node"}"'))
+    prepared = PreparedData.load(tmp_path / "shared")
+    assert torch.equal(train_images(prepared), train_images(rgb_npz))
+    assert len(list((tmp_path / "node").glob("*/train.npz"))) == 1
