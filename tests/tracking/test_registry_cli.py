@@ -1,0 +1,198 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.tracking import TrackingConfig
+from pipeline.evaluation.blocks import model_digest
+from pipeline.evaluation.records import AttackResult, AuditReport, Check, Evaluation
+from pipeline.evaluation.stats import Accuracy
+from pipeline.registry import main
+from pipeline.tracking import Registry, Tracker
+from pipeline.training import load_model, save_model
+from pipeline.training.model_io import ModelMeta
+from sparta_models import ActivationBank, build_model
+
+THREAT = ThreatModel(eps=0.1)
+
+
+@pytest.fixture
+def network(root: Path) -> Path:
+    """A model directory, and beside it the bank of its activations."""
+    torch.manual_seed(0)
+    meta = ModelMeta(
+        name="resnet8",
+        options={"width": 4},
+        activation={"name": "sparta", "sharing": "site"},
+        num_classes=5,
+        in_channels=1,
+        mean=(0.5,),
+        std=(0.5,),
+        image_size=8,
+        dataset="digits",
+    )
+    model = build_model("resnet8", activation="sparta", num_classes=5, in_channels=1, mean=(0.5,), std=(0.5,), width=4)
+    save_model(root / "network", model, meta)
+    ActivationBank.from_model(model).save(root / "bank")
+    return root / "network"
+
+
+def write_evaluation(directory: Path, digest: str, correct: int, *, budget: str = "full", attack: str = "autoattack"):
+    union = Accuracy.of(correct, 100)
+    check = Check(number=1, name="a", verdict="pass", figure=0.0, warn_above=1, fail_above=2, summary="", details={})
+    result = AttackResult(name=attack, threat=THREAT, attacked=90, fooled=90 - correct, accuracy=union)
+    directory.mkdir()
+    Evaluation(
+        dataset="digits",
+        data_digest="d" * 64,
+        model_digest=digest,
+        reference_digest=None,
+        seed=0,
+        config=EvaluationConfig(threat=THREAT),
+        n=100,
+        clean=Accuracy.of(90, 100),
+        attacks=(result,),
+        union=union,
+        other_threats=(),
+        curve=(),
+        per_class=(),
+        warnings=(),
+        arrays_sha256="a" * 64,
+        audit=AuditReport(budget=budget, n=10, threat=THREAT, model_digest=digest, checks=(check,)),  # type: ignore[arg-type]
+    ).save(directory)
+
+
+@pytest.fixture
+def promote(root: Path, network: Path) -> Iterator[list[str]]:
+    """Arguments of a promotion that the gate allows."""
+    assert main(["--root", str(root), "push", str(root / "bank")]) == 0
+    write_evaluation(root / "evaluation", model_digest(load_model(network)), 70)
+    write_evaluation(root / "control", "c" * 64, 60)
+    arguments = [
+        "--network",
+        str(network),
+        "--evaluation",
+        str(root / "evaluation"),
+        "--control",
+        str(root / "control"),
+    ]
+    return ["--root", str(root), "promote", "sparta-activation@candidate", *arguments]
+
+
+def test_push_list_show_and_pull_go_round(
+    root: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    at = ["--root", str(root)]
+    assert main([*at, "push", str(root / "bank"), "--tag", "threat=linf 8/255", "--description", "mine"]) == 0
+    assert main([*at, "list"]) == 0
+    assert "sparta-activation/1" in capsys.readouterr().out
+    assert main([*at, "show", "sparta-activation@candidate"]) == 0
+    shown = capsys.readouterr().out
+    assert "mine" in shown
+    assert "linf 8/255" in shown
+    assert main([*at, "pull", "sparta-activation/1", str(tmp_path / "pulled")]) == 0
+    assert ActivationBank.load(tmp_path / "pulled").digest == ActivationBank.load(root / "bank").digest
+
+
+def test_lineage_leads_from_the_version_to_data_and_commit(
+    root: Path, config: TrackingConfig, bank: Path, capsys: pytest.CaptureFixture[str]
+):
+    with Tracker(config, root).chain("demo", params={"seed": 0}) as chain:
+        with chain.stage("prepare:source", tags={"fingerprint": "f0"}) as stage:
+            stage.dataset("digits", "d" * 64, context="made")
+        with chain.stage("pretrain:source", tags={"fingerprint": "f1"}, upstream=("prepare:source",)) as stage:
+            stage.dataset("digits", "d" * 64)
+        with chain.stage("freeze:bank", upstream=("pretrain:source", "prepare:source")) as stage:
+            stage.register(bank, tags={"variant": "depthwise"})
+    assert main(["--root", str(root), "lineage", "sparta-activation@candidate"]) == 0
+    told = capsys.readouterr().out
+    for fact in ("sparta-activation/1 (candidate)", "variant: depthwise", "made by freeze:bank", "in chain demo"):
+        assert fact in told
+    assert "fingerprint: f1" in told
+    assert "training data: digits sha256:" + "d" * 64 in told
+    assert told.index("made by freeze:bank") < told.index("from pretrain:source") < told.index("from prepare:source")
+    assert told.count("(above)") == 1
+    assert "git.commit" in told
+
+
+def test_a_candidate_that_passes_becomes_champion(root: Path, promote: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(promote) == 0
+    found = Registry(TrackingConfig(), root).resolve("sparta-activation@champion")
+    assert found.version == 1
+    assert "70.0 %" in found.tags["promotion"]
+    assert "promoted_anyway" not in found.tags
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"budget": "quick"}, "expected an audit at full budget"),
+        ({"attack": "pgd-ce-20x1"}, "expected AutoAttack"),
+        ({"correct": 50}, "expected at least the control's robust accuracy"),
+    ],
+)
+def test_a_candidate_without_the_evidence_is_refused(
+    root: Path, network: Path, promote: list[str], change: dict, reason: str, capsys: pytest.CaptureFixture[str]
+):
+    (root / "evaluation" / "evaluation.json").unlink()
+    (root / "evaluation").rmdir()
+    write_evaluation(root / "evaluation", model_digest(load_model(network)), **{"correct": 70, **change})
+    assert main(promote) == 1
+    assert reason in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not in the registry"):
+        Registry(TrackingConfig(), root).resolve("sparta-activation@champion")
+    assert main([*promote, "--promote-anyway", "a deadline"]) == 0
+    found = Registry(TrackingConfig(), root).resolve("sparta-activation@champion")
+    assert found.tags["promoted_anyway"] == "a deadline"
+    assert reason in found.tags["promotion_refused"]
+    assert found.tags["promoted_by"]
+
+
+def test_an_evaluation_of_another_network_is_no_evidence(
+    root: Path, promote: list[str], capsys: pytest.CaptureFixture[str]
+):
+    record = root / "evaluation" / "evaluation.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "model_digest": "0" * 64}))
+    assert main([*promote, "--promote-anyway", "no"]) == 2
+    assert "one of other weights" in capsys.readouterr().err
+
+
+def test_a_network_with_another_activation_is_no_evidence(
+    root: Path, network: Path, promote: list[str], capsys: pytest.CaptureFixture[str]
+):
+    other = build_model("resnet8", activation={"name": "sparta", "beta": 2.0}, num_classes=5, in_channels=1, width=4)
+    ActivationBank.from_model(other).save(root / "other")
+    assert main(["--root", str(root), "push", str(root / "other")]) == 0
+    assert main(promote) == 2
+    assert "to hold the activation of sparta-activation/2, got another one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "nonsense"], "expected NAME@ALIAS or NAME/VERSION"),
+        (["pull", "sparta-activation@candidate", "x"], "known: nothing yet"),
+        (["push", "nowhere"], "nowhere"),
+        (["--uri", "ftp://x", "list"], "expected a tracking uri"),
+        (["--uri", "http://me:hunter2@x", "list"], "expected a uri without a password"),
+        (["--model", "a/b", "list"], "should match pattern"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    root: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["--root", str(root), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "hunter2" not in error
+
+
+def test_a_registry_that_is_away_is_one_line_and_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--uri", "http://127.0.0.1:9", "list"]) == 1
+    error = capsys.readouterr().err
+    assert "cannot be reached" in error
+    assert error.count("\n") == 1

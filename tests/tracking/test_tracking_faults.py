@@ -1,0 +1,237 @@
+"""Outages and kills, with real processes and a real server: nothing is lost, nothing doubled, nothing raised."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.config.tracking import TrackingConfig
+from pipeline.tracking import Journal, Registry, Tracker
+from pipeline.tracking.__main__ import main
+from pipeline.tracking.client import open_client
+from tests.tracking.conftest import write_bank
+
+CHAIN = """
+import signal, sys, time
+from pathlib import Path
+from pipeline.config.tracking import TrackingConfig
+from pipeline.tracking import Journal, Tracker
+
+root, first, last, pause = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+config = TrackingConfig(flush_seconds=0.05)
+with Tracker(config, root).chain("demo", params={"seed": 0}) as chain:
+    with chain.stage("pretrain", tags={"fingerprint": "f"}) as stage:
+        stage.mirror(root / "metrics.jsonl")
+        assert chain.tracker.flush(60)
+        print("delivered", flush=True)
+        with Journal(root / "metrics.jsonl") as journal:
+            for step in range(first, last):
+                journal.log({"loss": float(step)}, step)
+                time.sleep(pause)
+"""
+
+
+def start(root: Path, first: int, last: int, pause: float = 0.0) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", CHAIN, str(root), str(first), str(last), str(pause)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert output.readline() == "delivered\n"
+    return process
+
+
+def steps(client: MlflowClient, name: str = "pretrain") -> tuple[str, list[int]]:
+    """Status of the only run called `name`, and the steps at which it has a loss."""
+    experiment = client.get_experiment_by_name("sparta")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{name}'")
+    assert len(found) == 1
+    history = client.get_metric_history(found[0].info.run_id, "loss")
+    assert all(point.value == point.step for point in history)
+    return found[0].info.status, sorted(point.step for point in history)
+
+
+@pytest.mark.slow
+def test_a_killed_chain_goes_on_in_the_same_run_with_every_point_once(root: Path):
+    process = start(root, 0, 10_000, pause=0.005)
+    time.sleep(0.7)
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
+    logged = len((root / "metrics.jsonl").read_bytes().splitlines())
+    assert logged > 10
+    process = start(root, logged // 2, logged + 50)  # from the last checkpoint
+    assert process.wait(60) == 0
+    assert steps(open_client(f"sqlite:///{root}/mlflow.db")) == ("FINISHED", list(range(logged + 50)))
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_killed_runs_within_three_seconds(root: Path):
+    process = start(root, 0, 10_000, pause=0.005)
+    time.sleep(0.2)
+    process.terminate()
+    sent = time.monotonic()
+    assert process.wait(30) == 143
+    assert time.monotonic() - sent < 3
+    client = open_client(f"sqlite:///{root}/mlflow.db")
+    status, found = steps(client)
+    assert status == "KILLED"
+    assert found == list(range(len(found)))
+    assert steps(client, "demo")[0] == "KILLED"
+
+
+def test_a_run_without_a_server_is_delivered_later_in_full(
+    root: Path, config: TrackingConfig, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    bank = write_bank(root / "bank")
+    away = config.model_copy(update={"uri": f"http://127.0.0.1:{free_port()}", "close_seconds": 0.5})
+    began = time.monotonic()
+    with Tracker(away, root).chain("demo", params={"seed": 0}) as chain, chain.stage("pretrain") as stage:
+        stage.mirror(root / "metrics.jsonl")
+        with Journal(root / "metrics.jsonl") as journal:
+            for step in range(1500):
+                journal.log({"loss": float(step)}, step)
+        assert stage.register(bank) is None
+        stage.artifact(bank / "activation.json")
+    assert time.monotonic() - began < 20
+    assert "python -m pipeline.tracking sync" in caplog.text
+    assert main(["status", str(root)]) == 1
+    assert "2 of 2 runs to deliver: demo, pretrain" in capsys.readouterr().out
+    here = f"sqlite:///{root}/mlflow.db"
+    assert main(["sync", str(root), "--uri", here]) == 0
+    assert main(["sync", str(root), "--uri", here]) == 0
+    assert "0 runs delivered" in capsys.readouterr().out
+    assert steps(open_client(here)) == ("FINISHED", list(range(1500)))
+    assert Registry(config, root).resolve("sparta-activation@candidate").version == 1
+
+
+def test_sync_of_anything_else_says_what_it_expects(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["sync", str(tmp_path)]) == 2
+    assert "expected the output directory of a chain" in capsys.readouterr().err
+
+
+def test_an_emptied_database_is_filled_again_from_the_local_files(root: Path, config: TrackingConfig, migrated: Path):
+    def chain() -> None:
+        with Tracker(config, root).chain("demo") as chain, chain.stage("pretrain") as stage:
+            for step in range(5):
+                stage.metrics({"loss": float(step)}, step)
+
+    chain()
+    for path in root.glob("mlflow.db*"):
+        path.unlink()
+    (root / "mlflow.db").write_bytes(migrated.read_bytes())
+    tracker = Tracker(config, root)
+    for record in tracker.spool.records():  # anything new in the runs
+        tracker.spool.update(record.key, tags={**record.tags, "note": "later"})
+    assert tracker.delivery.run() == []
+    assert steps(open_client(f"sqlite:///{root}/mlflow.db"))[1] == [0, 1, 2, 3, 4]
+
+
+def test_what_a_server_refuses_does_not_hold_up_the_rest(root: Path, config: TrackingConfig):
+    tracker = Tracker(config, root)
+    with tracker.chain("demo") as chain:
+        with chain.stage("broken") as stage:
+            assert stage.register(write_bank(root / "bank"), alias="latest") is None  # reserved by MLflow
+        with chain.stage("pretrain") as stage:
+            stage.metrics({"loss": 0.0}, 0)
+    assert steps(open_client(f"sqlite:///{root}/mlflow.db")) == ("FINISHED", [0])
+    assert [record.name for record in tracker.spool.pending(tracker.uri)] == ["broken"]
+
+
+@pytest.mark.slow
+def test_processes_may_race_for_a_fresh_database_and_for_version_numbers(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.tracking import Registry;"
+        "from pipeline.config.tracking import TrackingConfig;"
+        "registry = Registry(TrackingConfig(), Path(sys.argv[1]));"
+        "[registry.register(Path(sys.argv[2])) for _ in range(3)]"
+    )
+    banks = [write_bank(tmp_path / f"bank{i}", float(i)) for i in range(3)]
+    commands = [[sys.executable, "-c", code, str(tmp_path), str(bank)] for bank in banks]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+    versions = Registry(TrackingConfig(), tmp_path).versions()
+    assert [found.version for found in versions] == list(range(9, 0, -1))
+    assert len({found.digest for found in versions}) == 3
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_and_comes_back_has_every_point_once(root: Path, config: TrackingConfig):
+    port = free_port()
+    remote = config.model_copy(update={"uri": f"http://127.0.0.1:{port}"})
+    tracker = Tracker(remote, root)
+    bank = write_bank(root / "bank")
+    with tracker.chain("demo") as chain, chain.stage("pretrain") as stage:
+        with server(root, port):
+            stage.mirror(root / "metrics.jsonl")
+            journal = Journal(root / "metrics.jsonl")
+            for step in range(150):
+                journal.log({"loss": float(step)}, step)
+            assert tracker.flush(30)
+        for step in range(150, 300):  # the server is gone
+            journal.log({"loss": float(step)}, step)
+        assert not tracker.flush(30)
+        with server(root, port):
+            for step in range(300, 400):
+                journal.log({"loss": float(step)}, step)
+            journal.close()
+            assert tracker.flush(60)
+            client = open_client(remote.resolved_uri(root))
+            assert steps(client) == ("RUNNING", list(range(400)))
+            # The registry works through the server too, files and all.
+            assert stage.register(bank) == "sparta-activation/1"
+            registry = Registry(remote, root)
+            assert registry.pull("sparta-activation@candidate", root / "pulled").run_id == stage.run_id
+            assert "made by pretrain" in registry.lineage("sparta-activation/1")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(root: Path, port: int) -> Iterator[None]:
+    """An MLflow server on the database of `root`, killed without notice at the end."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{root}/mlflow.db",
+        "--artifacts-destination",
+        str(root / "artifacts"),
+    ]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = (root / "server.log").open("a")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not healthy(port):
+            assert process.poll() is None, (root / "server.log").read_text()
+            assert time.monotonic() < deadline, (root / "server.log").read_text()
+            time.sleep(0.3)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
