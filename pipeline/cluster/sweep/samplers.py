@@ -11,7 +11,8 @@ from pipeline.config.search import SearchConfig
 from tune_spaces import Choice, Distribution, Integer, Space, Value, active, draw, grid
 
 Values = dict[str, Value]
-_DRAWS = 200  # how many known points in a row mean that a space is exhausted
+_REPEATS = 10
+_DRAWS = 200  # so many known points in a row mean that a space is exhausted
 
 
 class Sampler(Protocol):
@@ -86,12 +87,13 @@ class OptunaSampler:
         self._study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler)
         self._space, self._objectives, self._taken = space, objectives, taken
         self._asked: dict[str, Any] = {}
+        self._random = RandomSampler(space, seed, taken)
 
     def ask(self) -> Values | None:
-        """The point that promises most."""
+        """The point that promises most; a random one where everything promising was tried, as in a small space."""
         import optuna
 
-        for _ in range(_DRAWS):
+        for _ in range(_REPEATS):
             trial = self._study.ask()
             values = self._suggest(trial)
             if (name := canonical(values)) not in self._taken:
@@ -99,7 +101,7 @@ class OptunaSampler:
                 self._asked[name] = trial
                 return values
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return None
+        return self._random.ask()
 
     def tell(self, trial: Trial) -> None:
         """Give the study a trial's score, or that it failed."""

@@ -52,7 +52,7 @@ class Table:
         self._trials[trial.number] = trial
         if self._live:
             self._live.update(self._render())
-        elif self._open:
+        elif self._open and (trial.finished or trial.history):
             self._console.print(self._line(trial), highlight=False, soft_wrap=True)
         if self._show is not None:
             self._show(trial)

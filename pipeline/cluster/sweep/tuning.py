@@ -1,5 +1,6 @@
 """Ray Tune as the engine of a sweep: it starts trials, schedulers stop or change them, the board keeps the books."""
 
+import logging
 import os
 import shutil
 import uuid
@@ -33,6 +34,7 @@ def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
             scheduler=_scheduler(sweep, space),
             num_samples=board.num_left,
             max_concurrent_trials=_concurrent(sweep, capacity),
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
             reuse_actors=sweep.scaling.max_workers == 1,  # a new process imports torch for seconds
         ),
         run_config=tune.RunConfig(
@@ -51,6 +53,8 @@ def _set_environment() -> None:
     # The trials' own files hold what Tune's loggers would copy, and interrupts are the chain's to handle.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 
@@ -72,11 +76,18 @@ def _searcher(board: Board) -> Any:
     class NextTrial(Searcher):  # type: ignore[misc]
         """Tune asks, the board answers."""
 
+        def __init__(self, board: Board) -> None:
+            super().__init__()
+            self.board = board
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune pickles it beside the trials; the trials' own records are the state
+
         def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
             return True
 
         def suggest(self, trial_id: str) -> dict[str, Any] | str:
-            trial = board.next()
+            trial = self.board.next()
             if trial is None:
                 return str(Searcher.FINISHED)
             return {"trial": trial.model_dump(mode="json"), "number": trial.number, "values": trial.values}
@@ -85,12 +96,12 @@ def _searcher(board: Board) -> Any:
             """The board learns it from the callback, with more detail."""
 
         def save(self, checkpoint_path: str) -> None:
-            """The trials' own records are the state."""
+            """Nothing to keep."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """The trials' own records are the state."""
+            """Nothing was kept."""
 
-    return NextTrial()
+    return NextTrial(board)
 
 
 def _callback(board: Board) -> Any:
@@ -99,23 +110,29 @@ def _callback(board: Board) -> Any:
     class Books(tune.Callback):  # type: ignore[misc]
         """Passes on what happens to trials."""
 
+        def __init__(self, board: Board) -> None:
+            self.board = board
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            board.started(trial.config["number"], trial.config["values"])
+            self.board.started(trial.config["number"], trial.config["values"])
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
         ) -> None:
             point = Point(epoch=result["epoch"], robust=result["robust"], clean=result["clean"])
-            board.reported(trial.config["number"], point)
+            self.board.reported(trial.config["number"], point)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            board.ended(trial.config["number"])
+            self.board.ended(trial.config["number"])
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             cause = trial.get_error() or "the trial's process died"
-            board.ended(trial.config["number"], error=" ".join(str(cause).split())[-500:])
+            self.board.ended(trial.config["number"], error=" ".join(str(cause).split())[-500:])
 
-    return Books()
+    return Books(board)
 
 
 def _scheduler(sweep: Sweep, space: Space) -> Any:

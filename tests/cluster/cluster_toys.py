@@ -1,0 +1,102 @@
+"""Stand-ins for pipeline.training.train, importable in Ray's workers: they obey the same contract and take no time."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+
+from pipeline.tracking.journal import Journal
+from pipeline.training import Context, EpochRecord, TrainedModel, TrainJob
+
+
+class ToyJob(BaseModel):
+    output: Path
+    seed: int = 0
+    fault: str = ""
+    epochs: int = 3
+
+
+class ToyResult(BaseModel):
+    seed: int
+    world_size: int
+    total: float
+    backend: str
+
+
+def toy_train(job: ToyJob, context: Context) -> ToyResult:
+    """Sums ones over the ranks in every epoch; `fault` is what goes wrong in the second one."""
+    journal = Journal(job.output / "metrics.jsonl") if context.rank == 0 else None
+    total = torch.zeros(1)
+    for epoch in range(1, job.epochs + 1):
+        if epoch == 2 and context.rank == context.world_size - 1:
+            _go_wrong(job)
+        ones = torch.ones(1)
+        dist.all_reduce(ones)
+        total += ones
+        if journal:
+            journal.log({"epoch": epoch}, epoch)
+        context.report({"epoch": epoch}, None)
+    return ToyResult(seed=job.seed, world_size=context.world_size, total=total.item(), backend=dist.get_backend())
+
+
+def _go_wrong(job: ToyJob) -> None:
+    attempts = job.output / "attempts"
+    with attempts.open("a") as file:
+        file.write("x")
+    if job.fault == "value":
+        raise ValueError("expected something else")
+    if job.fault == "kill once" and len(attempts.read_text()) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.fault == "kill always":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def score(job: TrainJob, epoch: int) -> float:
+    """Robust accuracy of the toy: best at lr = 0.1 and warm-up 0, growing with the epochs."""
+    lr = job.training.optimizer.lr
+    distance = abs(torch.log10(torch.tensor(lr / 0.1)).item()) + 0.1 * job.training.eps_warmup_epochs
+    return max(0.0, (1 - distance / 3) * (0.5 + 0.5 * epoch / job.training.epochs))
+
+
+def toy_trial(job: TrainJob, context: Context) -> TrainedModel:
+    """A training with a known optimum. It resumes from its own file; momentum 0.5 makes it raise, 0.6 die once."""
+    state = job.output / "epochs.log"
+    first = len(state.read_text().split()) if state.exists() else 0
+    journal = Journal(job.output / "metrics.jsonl") if context.rank == 0 else None
+    for epoch in range(first + 1, job.training.epochs + 1):
+        if epoch == 2 and job.training.optimizer.momentum == 0.5:
+            raise ArithmeticError("diverged")
+        if context.rank == 0:
+            with state.open("a") as file:
+                file.write(f"{epoch}\n")
+        if epoch == 2 and job.training.optimizer.momentum == 0.6 and first == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        metrics = {"epoch": epoch, "val_robust": score(job, epoch), "val_clean": 0.9}
+        if journal:
+            journal.log(metrics, epoch)
+        context.report(metrics, None)
+    return trained(job, context)
+
+
+def trained(job: TrainJob, context: Context) -> TrainedModel:
+    last, robust = job.training.epochs, score(job, job.training.epochs)
+    record = EpochRecord(
+        epoch=last, train_loss=0.0, train_clean=None, train_robust=None, val_clean=0.9, val_robust=robust
+    )
+    return TrainedModel(
+        fingerprint="toy",
+        weights_sha256="",
+        epochs=last,
+        selected_epoch=last,
+        val_clean=0.9,
+        val_robust=robust,
+        history=(record,),
+        activation_digest="",
+        images_per_second=1.0,
+        flops_per_step=1.0,
+        precision="fp32",
+        world_size=context.world_size,
+    )

@@ -1,0 +1,230 @@
+"""Launching and searching on a real Ray, one for all tests of this file; trainings are toys unless said otherwise."""
+
+from pathlib import Path
+
+import pytest
+from cluster_toys import ToyJob, ToyResult, toy_train, toy_trial
+
+from pipeline.cluster import ClusterTooSmall, TrainingFailed, ensure_ray, launch, preflight
+from pipeline.cluster.launch import run_jobs
+from pipeline.cluster.sweep import SearchFailed, load_trials, search
+from pipeline.config.chain import ChainConfig
+from pipeline.config.load import load_config, overlay
+from pipeline.config.scaling import ScalingConfig
+from pipeline.data import prepare
+from pipeline.training import Context, TrainedModel, TrainJob, train
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+SCALING = ScalingConfig(num_workers=2, num_cpus=2, max_failures=2, health_check_interval=0.2)
+ONE = SCALING.model_copy(update={"num_workers": 1})
+LR_SPACE = """
+training.optimizer.lr: {choice: [0.001, 0.01, 0.1, 1.0]}
+training.eps_warmup_epochs: {choice: [0.0, 1.0]}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session(_workers_find_the_toys):
+    with ensure_ray(SCALING, dashboard=True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, ray_session):
+    """Four jobs launched together on two workers: two are well, one raises, one has a worker killed once."""
+    root = tmp_path_factory.mktemp("launched")
+    faults = ("", "value", "kill once", "")
+    jobs = [ToyJob(output=root / str(n), seed=n, fault=fault) for n, fault in enumerate(faults)]
+    heard: list[tuple[int, int]] = []
+    results = run_jobs(
+        jobs,
+        SCALING,
+        train=toy_train,
+        result_type=ToyResult,
+        on_progress=lambda job, e: heard.append((job.seed, e.step)),
+    )
+    return jobs, results, heard
+
+
+def test_results_come_in_the_order_of_the_jobs_from_workers_that_share_a_process_group(launched):
+    _, results, _ = launched
+    assert results[0] == ToyResult(seed=0, world_size=2, total=6.0, backend="gloo")
+    assert results[3] == ToyResult(seed=3, world_size=2, total=6.0, backend="gloo")
+
+
+def test_a_job_that_raises_is_not_tried_again_and_does_not_take_the_others_along(launched):
+    jobs, results, _ = launched
+    assert isinstance(results[1], TrainingFailed)
+    assert str(results[1]) == "ValueError: expected something else"
+    assert "_go_wrong" in results[1].details
+    assert (jobs[1].output / "attempts").read_text() == "x"
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_job_comes_to_its_result(launched):
+    jobs, results, _ = launched
+    assert results[2].total == 6.0
+    assert (jobs[2].output / "attempts").read_text() == "xx"
+
+
+def test_the_driver_hears_of_every_epoch_once(launched):
+    _, _, heard = launched
+    assert [step for seed, step in heard if seed == 0] == [1, 2, 3]
+    assert [step for seed, step in heard if seed == 2] == [1, 2, 3]
+
+
+def test_ray_leaves_nothing_in_the_output(launched):
+    jobs, _, _ = launched
+    assert not any((job.output / "ray").exists() for job in jobs)
+
+
+def test_a_job_whose_workers_always_die_fails_after_the_allowed_restarts_and_the_next_one_runs(tmp_path: Path):
+    jobs = [ToyJob(output=tmp_path / "0", fault="kill always"), ToyJob(output=tmp_path / "1", seed=1)]
+    scaling = ONE.model_copy(update={"num_cpus": 1, "max_failures": 1, "cpus_per_worker": 2})
+    results = run_jobs(jobs, scaling, train=toy_train, result_type=ToyResult)
+    assert isinstance(results[0], TrainingFailed)
+    assert (jobs[0].output / "attempts").read_text() == "xx"
+    assert results[1].seed == 1
+
+
+def test_more_workers_than_the_running_cluster_has_are_refused_at_once():
+    with pytest.raises(ClusterTooSmall, match=r"need 3 workers x CPU=1 .* room for 2"):
+        preflight(ScalingConfig(num_workers=3))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[ChainConfig, Path]:
+    config = load_config("demo", ["training.epochs=2", "model.options.width=4", "data.limit.train=128"])
+    data = tmp_path_factory.mktemp("data")
+    prepare(config.data, data, seed=0)
+    return config, data
+
+
+def test_a_real_training_has_the_same_weights_in_a_worker_as_in_this_process(demo, tmp_path: Path):
+    config, data = demo
+
+    def job(name: str) -> TrainJob:
+        options = {"model": config.model, "training": config.training, "augment": config.augment}
+        return TrainJob(**options, data=data, output=tmp_path / name)
+
+    launched = launch(job("worker"), ONE)
+    here = train(job("here"), Context())
+    assert launched.weights_sha256 == here.weights_sha256
+    assert launched.history == here.history
+
+
+def sweep_config(tmp_path: Path, *settings: str, space: str = LR_SPACE) -> ChainConfig:
+    (tmp_path / "space.yaml").write_text(space)
+    fixed = [
+        "search.enabled=true",
+        f"search.space={tmp_path / 'space.yaml'}",
+        "search.num_trials=8",
+        "search.epochs=3",
+        "search.scheduler=none",
+        "search.algorithm=random",
+        "scaling.health_check_interval=0.2",
+        "scaling.max_failures=1",
+    ]
+    return load_config("demo", [*fixed, *settings])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scheduler"),
+    [
+        ("random", "none"),
+        ("grid", "asha"),
+        ("optuna", "none"),
+        ("optuna", "asha"),
+        ("random", "asha"),
+        ("grid", "none"),
+    ],
+)
+def test_every_algorithm_and_scheduler_finds_the_known_optimum_of_a_small_space(algorithm, scheduler, tmp_path: Path):
+    config = sweep_config(tmp_path, f"search.algorithm={algorithm}", f"search.scheduler={scheduler}")
+    found = search(config, data=tmp_path, output=tmp_path / "out", train=toy_trial)
+    assert found.best.values == {"training.optimizer.lr": 0.1, "training.eps_warmup_epochs": 0.0}
+    assert len(found.trials) == 8
+    states = {trial.state for trial in found.trials}
+    assert states <= ({"done", "stopped"} if scheduler == "asha" else {"done"})
+    assert found.best.best.robust == pytest.approx(1.0)
+
+
+def test_a_trial_that_diverges_and_one_whose_process_is_killed_do_not_end_the_sweep(tmp_path: Path):
+    space = "training.optimizer.momentum: {choice: [0.4, 0.5, 0.6]}"
+    config = sweep_config(tmp_path, "search.num_trials=3", space=space)
+    found = search(config, data=tmp_path, output=tmp_path / "out", train=toy_trial)
+    by_momentum = {trial.values["training.optimizer.momentum"]: trial for trial in found.trials}
+    assert (by_momentum[0.5].state, by_momentum[0.5].error) == ("failed", "ArithmeticError: diverged")
+    killed = by_momentum[0.6]
+    assert killed.state == "done"
+    assert [point.epoch for point in killed.history] == [1, 3]  # epoch 2 was done when it was killed
+    assert found.best.number in {killed.number, by_momentum[0.4].number}
+
+
+def test_a_sweep_in_which_every_trial_fails_says_why(tmp_path: Path):
+    space = "training.optimizer.lr: {choice: [0.1, 0.2]}"
+    config = sweep_config(tmp_path, "training.optimizer.momentum=0.5", "search.num_trials=2", space=space)
+    config = overlay(config, {"training.optimizer.nesterov": False})
+    with pytest.raises(SearchFailed, match="none of 2 trials came to a result: ArithmeticError: diverged"):
+        search(config, data=tmp_path, output=tmp_path / "out", train=toy_trial)
+
+
+def test_a_finished_sweep_runs_nothing_again_and_a_longer_one_only_what_is_new(tmp_path: Path):
+    config = sweep_config(tmp_path, "search.num_trials=2")
+    first = search(config, data=tmp_path, output=tmp_path / "out", train=toy_trial)
+    again = search(config, data=tmp_path, output=tmp_path / "out", train=None)
+    assert again.trials == first.trials
+    heard: list[int] = []
+    longer = overlay(config, {"search.num_trials": 3})
+    more = search(
+        longer, data=tmp_path, output=tmp_path / "out", train=toy_trial, on_trial=lambda t: heard.append(t.number)
+    )
+    assert more.trials[:2] == first.trials
+    assert set(heard) == {2}
+
+
+def test_trials_of_two_workers_nest_a_training_and_do_not_block_each_other(tmp_path: Path):
+    config = sweep_config(tmp_path, "search.num_workers=2", "search.num_trials=3")
+    found = search(config, data=tmp_path, output=tmp_path / "out", train=toy_trial)
+    assert [trial.state for trial in found.trials] == ["done"] * 3
+    outcome = (tmp_path / "out" / found.best.job_directory / "outcome.json").read_text()
+    assert '"world_size": 2' in outcome
+
+
+def test_trials_that_are_too_big_for_the_cluster_are_refused(tmp_path: Path):
+    config = sweep_config(tmp_path, "search.num_workers=9")
+    with pytest.raises(ClusterTooSmall, match="need 9 workers"):
+        search(config, data=tmp_path, output=tmp_path / "out", train=toy_trial)
+    assert load_trials(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("space", ["attack", "activation"])
+def test_a_space_of_the_project_is_searched_end_to_end_on_the_demo_data(space, demo, tmp_path: Path):
+    config, data = demo
+    settings = {"search.enabled": True, "search.space": space, "search.num_trials": 2, "search.epochs": 1}
+    found = search(overlay(config, settings), data=data, output=tmp_path)
+    assert [trial.state for trial in found.trials] == ["done", "done"]
+    outcome = TrainedModel.model_validate_json((tmp_path / found.best.job_directory / "trained.json").read_text())
+    assert outcome.val_robust == found.best.best.robust
+
+
+def test_population_based_training_goes_on_from_copied_weights_with_changed_settings(demo, tmp_path: Path):
+    config, data = demo
+    (tmp_path / "space.yaml").write_text("training.threat.eps: {log_uniform: [0.01, 0.3]}")
+    settings = {
+        "search.enabled": True,
+        "search.space": str(tmp_path / "space.yaml"),
+        "search.num_trials": 3,
+        "search.epochs": 5,
+        "search.scheduler": "pbt",
+        "search.algorithm": "random",
+    }
+    found = search(overlay(config, settings), data=data, output=tmp_path)
+    changed = [trial for trial in found.trials if len(trial.legs) > 1]
+    assert changed, "with three trials and five epochs the worst one is replaced at least once"
+    for trial in found.trials:
+        assert trial.history[-1].epoch == 5
+        assert [point.epoch for point in trial.history] == sorted({point.epoch for point in trial.history})
