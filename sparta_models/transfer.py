@@ -52,17 +52,17 @@ def _relative(index: int, last: int, other_last: int, *, alone: int) -> int:
     return (2 * index * other_last + last - 1) // (2 * last)
 
 
-def _mean(tensor: Tensor, dim: int, width: int) -> Tensor:
-    return tensor.mean(dim=dim, keepdim=True).expand(*tensor.shape[:dim], width, *tensor.shape[dim + 1 :]).contiguous()
+def _mean(tensor: Tensor, width: int) -> Tensor:
+    return tensor.mean(dim=0, keepdim=True).expand(width, *tensor.shape[1:]).contiguous()
 
 
-def _interpolate(tensor: Tensor, dim: int, width: int) -> Tensor:
-    lines = tensor.movedim(dim, -1)
-    out = F.interpolate(lines.reshape(1, -1, lines.shape[-1]), size=width, mode="linear", align_corners=True)
-    return out.reshape(*lines.shape[:-1], width).movedim(-1, dim).contiguous()
+def _interpolate(tensor: Tensor, width: int) -> Tensor:
+    lines = tensor.reshape(1, tensor.shape[0], -1).movedim(1, 2)  # (1, rest, C)
+    out = F.interpolate(lines, size=width, mode="linear", align_corners=True)
+    return out.movedim(2, 1).reshape(width, *tensor.shape[1:]).contiguous()
 
 
-ADAPT: dict[str, Callable[[Tensor, int, int], Tensor]] = {"mean": _mean, "interpolate": _interpolate}
+ADAPT: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": _mean, "interpolate": _interpolate}
 """Rules for another width. mean: every channel gets the mean function; interpolate: linear in the channel's relative
 number."""
 
@@ -73,21 +73,25 @@ def adapt_tensors(
     """Fit a function's tensors to the shapes of another width.
 
     Raises:
-        ValueError: for an unknown rule, and for shapes that differ when there is no rule.
+        ValueError: for an unknown rule, shapes that differ when there is no rule, and functions that mix channels, which no
+            rule fits to another width.
     """
     if rule is not None and rule not in ADAPT:
         raise ValueError(f"unknown adapt rule {rule!r}; known: {', '.join(sorted(ADAPT))}")
     fitted = {}
     for name, tensor in tensors.items():
-        fitted[name] = tensor
-        for dim, width in enumerate(wanted[name].shape):
-            if tensor.shape[dim] == width:
-                continue
-            if rule is None:
-                raise ValueError(
-                    f"expected {target.channels} channels at site {target.name!r}, got a function for "
-                    f"{source.channels} channels (site {source.name!r} of the bank); "
-                    f"pass adapt= one of {', '.join(sorted(ADAPT))}"
-                )
-            fitted[name] = ADAPT[rule](fitted[name], dim, width)
+        shape = wanted[name].shape
+        others = [dim for dim, width in enumerate(shape) if tensor.shape[dim] != width]
+        if others and rule is None:
+            raise ValueError(
+                f"expected {target.channels} channels at site {target.name!r}, got a function for {source.channels} "
+                f"channels (site {source.name!r} of the bank); pass adapt= one of {', '.join(sorted(ADAPT))}"
+            )
+        if others and (others != [0] or tensor.shape[0] != source.channels):
+            raise ValueError(
+                f"expected a function of each channel by itself for the rule {rule!r}, got one that mixes the channels "
+                f"({name!r} of shape {tuple(tensor.shape)}); train the target with {source.channels} channels at "
+                f"site {target.name!r}"
+            )
+        fitted[name] = tensor if not others else ADAPT[str(rule)](tensor, shape[0])
     return fitted

@@ -187,6 +187,28 @@ def test_another_width_without_a_rule_is_refused_naming_both_widths_and_the_rule
         bank.apply_to(build_model("resnet18", width=8), adapt="nearest")
 
 
+@pytest.mark.parametrize(
+    "activation", ["se_relu", "atac", "dy_relu_b", {"name": "sparta", "variant": "lowrank"}], ids=str
+)
+def test_functions_that_mix_channels_have_no_rule_for_another_width(activation):
+    bank = ActivationBank.from_model(trained("resnet18", activation, width=16))
+    assert bank.apply_to(build_model("resnet34", activation="relu", width=16))
+    with pytest.raises(
+        ValueError, match=r"expected a function of each channel by itself .* got one that mixes the channels"
+    ):
+        bank.apply_to(build_model("resnet18", activation="relu", width=32), adapt="mean")
+
+
+@pytest.mark.parametrize(
+    "activation", ["prelu", "acon_c", "frelu", {"name": "sparta", "variant": "smoothmax"}], ids=str
+)
+def test_functions_of_each_channel_fit_every_width_by_a_rule(activation):
+    bank = ActivationBank.from_model(trained("resnet8", activation))
+    for adapt in ("mean", "interpolate"):
+        model = bank.apply_to(build_model("resnet8", activation="relu", width=6), adapt=adapt)
+        assert model(torch.rand(2, 3, 8, 8)).isfinite().all()
+
+
 def test_a_refused_bank_leaves_the_network_as_it_was():
     model = trained("resnet18", width=8)
     before = ActivationBank.from_model(model)
