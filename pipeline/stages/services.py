@@ -1,5 +1,6 @@
 """What stages share while a chain runs: the MLflow runs, the registry and Ray, each started when first asked for."""
 
+import logging
 import os
 import traceback
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from pipeline.artifacts import canonical, write_atomic
 from pipeline.cluster import ensure_ray, preflight
 from pipeline.config.chain import ChainConfig
 from pipeline.tracking import Registry, StageRun, Tracker
+
+_log = logging.getLogger(__name__)
 
 
 class Services:
@@ -77,7 +80,13 @@ class Services:
 
     def lineage(self, reference: str | None) -> str | None:
         """Where a registered activation comes from, in words; None while MLflow is away."""
-        return None if reference is None else self.registry.lineage(reference)
+        if reference is None:
+            return None
+        try:
+            return self.registry.lineage(reference)
+        except ConnectionError as error:
+            _log.warning("%s; the report goes without the lineage", error)
+            return None
 
     def snapshot(self) -> None:
         """Write the configuration in force beside the results."""

@@ -112,7 +112,11 @@ def _bank(context: StageContext[TrainTask], key: str) -> tuple[Path, FrozenBank]
         _log.warning("MLflow is away, the activation not yet registered; %s uses the local files", context.key)
         return finished.directory / frozen.directory, frozen
     pulled = context.directory / "bank"
-    context.services.registry.pull(frozen.reference, pulled)
+    try:
+        context.services.registry.pull(frozen.reference, pulled)
+    except ConnectionError as error:  # an outage stops no training; the digest is checked wherever the files are from
+        _log.warning("%s; %s uses the local files", error, context.key)
+        pulled = finished.directory / frozen.directory
     context.run.tag({"activation": frozen.reference, "activation_digest": frozen.digest})
     return pulled, frozen
 

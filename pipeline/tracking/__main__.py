@@ -2,6 +2,7 @@
 
     status DIR ...            how much of the chains in these directories is not in MLflow
     sync DIR ...              deliver it; again and again is harmless
+    sync --all DIR ...        deliver everything anew, e.g. to a database that was emptied
 
 Exit code 0 all is delivered, 1 not, 2 bad input.
 """
@@ -20,7 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command over every directory."""
     options = _parser().parse_args(arguments)
     try:
-        codes: list[int] = [options.run(_delivery(directory, options.uri)) for directory in options.directories]
+        deliveries = [_delivery(directory, options.uri) for directory in options.directories]
+        for delivery in deliveries if options.all else ():
+            delivery.spool.forget(delivery.uri)
+        codes: list[int] = [options.run(delivery) for delivery in deliveries]
         return max(codes)
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -34,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="output directory of a chain")
         command.add_argument("--uri", help="deliver there; else where the chain meant to")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, all=False)
+    commands.choices["sync"].add_argument("--all", action="store_true", help="also what was delivered before")
     return parser
 
 

@@ -138,6 +138,11 @@ class Spool:
         """Note what `target` has of a run."""
         write_atomic(self._delivered_path(target, key), delivered.model_dump_json(indent=1))
 
+    def forget(self, target: str) -> None:
+        """Take everything as not yet delivered to a target."""
+        for record in self.records():
+            self._delivered_path(target, record.key).unlink(missing_ok=True)
+
     def pending(self, target: str) -> list[RunRecord]:
         """The runs of which `target` lacks something, found without asking it."""
         return [r for r in self.records() if is_pending(r, self.delivered(target, r.key), self.root)]

@@ -120,21 +120,24 @@ def test_sync_of_anything_else_says_what_it_expects(tmp_path: Path, capsys: pyte
     assert "expected the output directory of a chain" in capsys.readouterr().err
 
 
-def test_an_emptied_database_is_filled_again_from_the_local_files(root: Path, config: TrackingConfig, migrated: Path):
-    def chain() -> None:
-        with Tracker(config, root).chain("demo") as chain, chain.stage("pretrain") as stage:
-            for step in range(5):
-                stage.metrics({"loss": float(step)}, step)
-
-    chain()
+@pytest.mark.parametrize("noticed", [True, False])
+def test_an_emptied_database_is_filled_again_from_the_local_files(
+    root: Path, config: TrackingConfig, migrated: Path, noticed: bool
+):
+    tracker = Tracker(config, root)
+    with tracker.chain("demo") as chain, chain.stage("pretrain") as stage:
+        for step in range(5):
+            stage.metrics({"loss": float(step)}, step)
+        stage.register(write_bank(root / "bank"))
     for path in root.glob("mlflow.db*"):
         path.unlink()
     (root / "mlflow.db").write_bytes(migrated.read_bytes())
-    tracker = Tracker(config, root)
-    for record in tracker.spool.records():  # anything new in the runs
-        tracker.spool.update(record.key, tags={**record.tags, "note": "later"})
-    assert tracker.delivery.run() == []
-    assert steps(open_client(f"sqlite:///{root}/mlflow.db"))[1] == [0, 1, 2, 3, 4]
+    if noticed:  # something new is to be said about the runs
+        for record in tracker.spool.records():
+            tracker.spool.update(record.key, tags={**record.tags, "note": "later"})
+    assert main(["sync", str(root), *([] if noticed else ["--all"])]) == 0
+    assert steps(open_client(tracker.uri))[1] == [0, 1, 2, 3, 4]
+    assert Registry(config, root).resolve("sparta-activation@candidate").version == 1
 
 
 def test_what_a_server_refuses_does_not_hold_up_the_rest(root: Path, config: TrackingConfig):
