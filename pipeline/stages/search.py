@@ -9,6 +9,7 @@ from pipeline.cluster.sweep import SearchResult, search
 from pipeline.config.chain import ChainConfig
 from pipeline.report import Trial
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+from pipeline.stages.trial_runs import TrialRuns
 
 
 class TunedConfig(BaseModel):
@@ -38,7 +39,12 @@ def search_node(task: SearchTask) -> Node[SearchTask]:
 
 
 def _search(context: StageContext[SearchTask]) -> StageResult:
-    found = search(context.task.config, data=context.upstream[context.task.data].directory, output=context.directory)
+    found = search(
+        context.task.config,
+        data=context.upstream[context.task.data].directory,
+        output=context.directory,
+        on_trial=TrialRuns(context.services.chain_run, context.directory),
+    )
     for name in found.files:
         context.run.artifact(context.directory / name)
     payload = TunedConfig(overrides=found.overrides, trials=_trials(found))

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -100,3 +102,13 @@ def trained(job: TrainJob, context: Context) -> TrainedModel:
         precision="fp32",
         world_size=context.world_size,
     )
+
+
+def slow_trial(job: TrainJob, context: Context) -> TrainedModel:
+    """`toy_trial` that can be caught in the middle."""
+
+    def report(metrics, checkpoint):
+        context.report(metrics, checkpoint)
+        time.sleep(0.5)
+
+    return toy_trial(job, replace(context, report=report))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from cluster_toys import ToyJob, ToyResult, toy_train, toy_trial
 
 from pipeline.cluster import ClusterTooSmall, TrainingFailed, ensure_ray, launch, preflight
@@ -81,12 +82,12 @@ def test_ray_leaves_nothing_in_the_output(launched):
     assert not any((job.output / "ray").exists() for job in jobs)
 
 
-def test_a_job_whose_workers_always_die_fails_after_the_allowed_restarts_and_the_next_one_runs(tmp_path: Path):
+def test_a_job_whose_worker_dies_more_often_than_is_allowed_fails_and_the_next_one_runs(tmp_path: Path):
     jobs = [ToyJob(output=tmp_path / "0", fault="kill always"), ToyJob(output=tmp_path / "1", seed=1)]
-    scaling = ONE.model_copy(update={"num_cpus": 1, "max_failures": 1, "cpus_per_worker": 2})
+    scaling = ONE.model_copy(update={"max_failures": 0, "cpus_per_worker": 2})  # one group for both
     results = run_jobs(jobs, scaling, train=toy_train, result_type=ToyResult)
     assert isinstance(results[0], TrainingFailed)
-    assert (jobs[0].output / "attempts").read_text() == "xx"
+    assert (jobs[0].output / "attempts").read_text() == "x"
     assert results[1].seed == 1
 
 
@@ -111,7 +112,12 @@ def test_a_real_training_has_the_same_weights_in_a_worker_as_in_this_process(dem
         return TrainJob(**options, data=data, output=tmp_path / name)
 
     launched = launch(job("worker"), ONE)
-    here = train(job("here"), Context())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker that reserves one CPU: sums have the same order
+    try:
+        here = train(job("here"), Context())
+    finally:
+        torch.set_num_threads(threads)
     assert launched.weights_sha256 == here.weights_sha256
     assert launched.history == here.history
 

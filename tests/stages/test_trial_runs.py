@@ -1,0 +1,39 @@
+"""The trials of a search in MLflow."""
+
+from pathlib import Path
+
+from pipeline.cluster.sweep.trials import Leg, Point, Trial
+from pipeline.config.tracking import TrackingConfig
+from pipeline.stages.trial_runs import JOURNAL, TrialRuns
+from pipeline.tracking import Journal, Tracker
+from pipeline.tracking.client import open_client
+
+LR = "training.optimizer.lr"
+
+
+def test_every_trial_is_a_child_run_with_its_values_metrics_and_end(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    directory = tmp_path / "search"
+    with Tracker(TrackingConfig(flush_seconds=0.05), tmp_path).chain("demo", params={}) as chain:
+        hear = TrialRuns(chain, directory)
+        for number, state in enumerate(("done", "failed")):
+            trial = Trial(number=number, identity=f"{number:064d}", legs=(Leg(epoch=0, values={LR: 0.1}),))
+            hear(trial)
+            with Journal(directory / trial.job_directory / JOURNAL) as journal:
+                for epoch in (1, 2):
+                    journal.log({"val_robust": 0.1 * epoch}, epoch)
+                    trial = trial.with_point(Point(epoch=epoch, robust=0.1 * epoch, clean=0.5))
+                    hear(trial)
+            hear(trial.model_copy(update={"state": state, "error": "diverged" if state == "failed" else ""}))
+        hear(Trial(number=2, identity="2" * 64, legs=(Leg(epoch=0, values={LR: 1.0}),)))  # no epoch, no run
+
+    client = open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("sparta")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"demo", "search:trial-1", "search:trial-2"}
+    well, ill = runs["search:trial-1"], runs["search:trial-2"]
+    assert (well.info.status, ill.info.status) == ("FINISHED", "FAILED")
+    assert well.data.params == {LR: "0.1"}
+    assert well.data.metrics["val_robust"] == 0.2
+    assert ill.data.tags["error"] == "diverged"
+    assert well.data.tags["mlflow.parentRunId"] == runs["demo"].info.run_id
