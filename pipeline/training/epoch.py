@@ -26,14 +26,15 @@ def end_epoch(run: Run, monitor: Monitor) -> None:
     """Validate and select where it is due, then write a checkpoint and report; the state moves to the next epoch."""
     config, state = run.job.training, run.state
     number, lr = state.epoch + 1, run.learning_rate
-    metrics: dict[str, float] = {"epoch": number, "train_loss": state.sums.mean_loss, "lr": lr, **monitor.times()}
+    metrics: dict[str, float] = {"epoch": number, "train_loss": state.sums.mean_loss, "lr": lr}
     accuracies = {"train_clean": state.sums.clean_accuracy, "train_robust": state.sums.robust_accuracy}
     metrics |= {name: value for name, value in accuracies.items() if value is not None}
     if number % config.selection.every == 0 or number == config.epochs:
         record = _validated(run, number)
         metrics |= {"val_clean": record.val_clean, "val_robust": record.val_robust}
         state.history.append(record)
-        _select(run, record)
+        with monitor.saving():
+            _select(run, record)
         _perhaps_stop(run, record)
         monitor.reporter.epoch(
             f"epoch {number}/{config.epochs}  loss {record.train_loss:.4f}  "
@@ -41,7 +42,9 @@ def end_epoch(run: Run, monitor: Monitor) -> None:
         )
     state.next_epoch()
     if number % config.checkpoint.every_epochs == 0 or number == config.epochs or state.stopped_early:
-        run.save()
+        with monitor.saving():
+            run.save()
+    metrics |= monitor.times()
     monitor.log(metrics)
     run.context.report(metrics, run.checkpoints.newest if run.context.rank == 0 else None)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -24,7 +25,7 @@ class Monitor:
         self.run = run
         self.reporter = Reporter(run.total_steps, rank=run.context.rank)
         self._log, self._close = _journal(run)
-        self._epoch_began, self._busy, self._waited, self._steps = time.perf_counter(), 0.0, 0.0, 0
+        self._elapsed, self._busy, self._waited, self._saved, self._steps = 0.0, 0.0, 0.0, 0.0, 0
         self._floor: float | None = None
         self.flops_per_step = 0.0
 
@@ -40,21 +41,30 @@ class Monitor:
 
     def watched(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """The loader's batches, with the waiting for them timed; the first one also measures the floor."""
-        self._epoch_began, self._busy, self._waited, self._steps = time.perf_counter(), 0.0, 0.0, 0
+        self._elapsed, self._busy, self._waited, self._saved, self._steps = 0.0, 0.0, 0.0, 0.0, 0
         begin = time.perf_counter()
         for x, y in loader:
             self._waited += time.perf_counter() - begin
             if self._floor is None:
                 self._measure(x)
-            yield x, y
             begin = time.perf_counter()
+            yield x, y
+            self._elapsed += time.perf_counter() - begin
+            begin = time.perf_counter()
+        self._elapsed += self._waited
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Time what is written to disk at the end of an epoch."""
+        begin = time.perf_counter()
+        yield
+        self._saved += time.perf_counter() - begin
 
     def _measure(self, x: Tensor) -> None:
-        begin, run = time.perf_counter(), self.run
+        run = self.run
         per_image, batch = forward_flops(run.model, x), run.job.training.batch_size
         self.flops_per_step = per_image * batch * run.method.cost.forward_equivalents
         self._floor = floor_seconds(run.model, x, run.method.cost, run.trained.precision)
-        self._epoch_began += time.perf_counter() - begin
 
     def step(self, seconds: float) -> None:
         """Take in a step that was done."""
@@ -71,8 +81,9 @@ class Monitor:
             self._log(metrics, self.run.state.step)
 
     def times(self) -> dict[str, float]:
-        """Speed of the epoch: of its steps, and the shares of the loader's wait and of all that is no step."""
-        elapsed = max(time.perf_counter() - self._epoch_began, 1e-9)
+        """Speed of the epoch: of its steps, and the shares of the loader's wait and of all that is neither step nor
+        validation: waits, display, journal, checkpoints."""
+        elapsed = max(self._elapsed + self._saved, 1e-9)
         metrics = {"loader_wait_share": self._waited / elapsed, "overhead_share": 1 - self._busy / elapsed}
         if self._steps:
             metrics["step_ms"] = 1000 * self._busy / self._steps

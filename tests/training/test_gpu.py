@@ -1,0 +1,97 @@
+"""What only a CUDA device can show: the same mathematics there, bf16, compilation, memory, nccl."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.config.training import AttackConfig, EMAConfig, TRADESConfig
+from pipeline.training import Context, OutOfMemoryError, load_model, train
+from pipeline.training.attacks import pgd
+from pipeline.training.distributed import StepReducer
+from pipeline.training.network import Forward, shadow
+from sparta_models import build_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = torch.device("cuda", 0)
+
+
+def network():
+    torch.manual_seed(0)
+    return build_model("resnet8", in_channels=1, width=8)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attack_stays_in_ball_and_agrees_with_the_cpu(norm):
+    """In float64, where a sign is decided the same way on both."""
+    model, eps = network().double(), 0.1
+    x, y = torch.rand(16, 1, 8, 8, dtype=torch.float64), torch.arange(16) % 10
+    options = {"eps": eps, "step_size": 0.03, "steps": 5, "norm": norm, "random_start": False}
+    expected = pgd(model, x, y, **options)
+    found = pgd(model.to(GPU), x.to(GPU), y.to(GPU), **options).cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+
+def test_attack_leaves_the_devices_random_state():
+    model, x = network().to(GPU), torch.rand(4, 1, 8, 8, device=GPU)
+    before = torch.cuda.get_rng_state(GPU)
+    pgd(model, x, torch.arange(4, device=GPU), eps=0.1, step_size=0.1, steps=1)
+    assert torch.equal(torch.cuda.get_rng_state(GPU), before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_on_the_gpu_learns_and_loads_on_the_cpu(precision, make_job):
+    job = make_job(epochs=3, precision=precision, ema=EMAConfig(), method=TRADESConfig(attack=AttackConfig(steps=2)))
+    trained = train(job, Context(device=GPU))
+    assert trained.history[-1].train_loss < trained.history[0].train_loss
+    assert trained.precision == precision
+    assert next(load_model(job.output / "model").parameters()).device.type == "cpu"
+
+
+def test_compiled_attack_is_the_eager_one():
+    model = network().to(GPU)
+    x, y = torch.rand(16, 1, 8, 8, device=GPU), torch.arange(16, device=GPU) % 10
+    options = {"eps": 0.1, "step_size": 0.1, "steps": 1, "random_start": False}
+    eager = pgd(Forward(shadow(model), "fp32"), x, y, **options)
+    compiled = pgd(Forward(shadow(model), "fp32", compiled=True), x, y, **options)
+    # A sign may turn where the gradient is at the rounding's size.
+    assert (eager - compiled).abs().gt(1e-6).double().mean() < 0.01
+
+
+def test_memory_does_not_grow_over_steps(make_job):
+    job = make_job("first", epochs=2)
+    train(job, Context(device=GPU))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(GPU)
+    train(make_job("second", epochs=6), Context(device=GPU))
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated(GPU) <= before + 2**20
+
+
+def test_out_of_memory_gives_the_devices_numbers(make_job, monkeypatch):
+    from pipeline.training import loop
+
+    def greedy(run, x, y):
+        torch.empty(2**46, device=GPU)
+
+    monkeypatch.setattr(loop, "train_step", greedy)
+    with pytest.raises(OutOfMemoryError, match=r"GiB free\).*lower training.batch_size"):
+        train(make_job(), Context(device=GPU))
+
+
+def test_nccl_carries_the_steps_collective(tmp_path):
+    """One rank in the group, told that there are two: the flat all-reduce runs, and must leave the values right."""
+    model = network().to(GPU).train()
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        reduce = StepReducer(model, list(model.parameters()), world_size=2)
+        model(torch.rand(4, 1, 8, 8, device=GPU)).square().sum().backward()
+        expected = [p.grad / 4 for p in model.parameters()]
+        statistics = [s.clone() for s in reduce.statistics]
+        assert reduce(torch.tensor([4.0, 1.0], device=GPU)).tolist() == [4, 1]
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+    torch.testing.assert_close(reduce.statistics, statistics)
