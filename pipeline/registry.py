@@ -12,6 +12,7 @@ REF is NAME@ALIAS or NAME/VERSION. Exit code 0 done, 1 refused or not reachable,
 
 import argparse
 import getpass
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.registry", description="The registry of frozen activations."
     )
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where mlflow.db lies by default (runs)")
+    root = Path(os.environ.get("SPARTA_RUNS", "runs"))
+    parser.add_argument("--root", type=Path, default=root, help="where mlflow.db lies (SPARTA_RUNS, or runs)")
     parser.add_argument("--uri", help="tracking server or database; else MLFLOW_TRACKING_URI, else ROOT/mlflow.db")
     parser.add_argument("--model", help="name of the registered model (sparta-activation)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

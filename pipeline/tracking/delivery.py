@@ -126,9 +126,6 @@ class Delivery:
         if found:  # created before a crash that kept it from being noted
             return done.model_copy(update={"run_id": found[0].info.run_id})
         tags = {KEY_TAG: record.key}
-        parent = self.spool.delivered(self.uri, record.parent).run_id if record.parent else None
-        if parent is not None:
-            tags["mlflow.parentRunId"] = parent
         run = self._mlflow.create_run(self._experiment, start_time=record.started, tags=tags, run_name=record.name)
         return done.model_copy(update={"run_id": run.info.run_id})
 
@@ -142,6 +139,9 @@ class Delivery:
             self._mlflow.log_batch(_id(done), params=params_chunk)
         upstream = {name: self.spool.delivered(self.uri, key).run_id for name, key in record.upstream.items()}
         tags = {**record.tags, **({UPSTREAM_TAG: json.dumps(upstream)} if upstream else {})}
+        parent = self.spool.delivered(self.uri, record.parent).run_id if record.parent else None
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
         for tags_chunk in _chunks([RunTag(k, _cut(v, _TAG_CHARS)) for k, v in tags.items()], _ENTRIES_PER_CALL):
             self._mlflow.log_batch(_id(done), tags=tags_chunk)
         return done.model_copy(update={"params": tuple(record.params)})

@@ -90,6 +90,7 @@ class Run:
         self._record: RunRecord | None = None
         self._journal: Journal | None = None
         self._failed = False
+        self._lock = threading.RLock()
 
     @property
     def key(self) -> str:
@@ -183,22 +184,23 @@ class Run:
         return "FAILED" if issubclass(kind, Exception) else "KILLED"
 
     def _begin(self) -> RunRecord:
-        if self._record is None:
-            self._record = self._continued_or_new()
-            self.tracker.spool.aim(self.tracker.config, self.tracker.uri)
-            self.tracker.start()
-        return self._record
+        with self._lock:  # the stages of several threads may be the first to say something about their chain
+            if self._record is None:
+                self._record = self._continued_or_new()
+                self.tracker.spool.aim(self.tracker.config, self.tracker.uri)
+                self.tracker.start()
+            return self._record
 
     def _continued_or_new(self) -> RunRecord:
         raise NotImplementedError
 
-    def _continue(self, old: RunRecord | None, again: Callable[[RunRecord], bool]) -> RunRecord:
+    def _continue(self, old: RunRecord | None, again: Callable[[RunRecord], bool], **place: Any) -> RunRecord:
         spool = self.tracker.spool
         if old is not None and old.params == self._params and again(old):
-            return spool.update(old.key, status="RUNNING", ended=None, tags={**old.tags, **self._tags})
+            return spool.update(old.key, status="RUNNING", ended=None, tags={**old.tags, **self._tags}, **place)
         started = max(_now(), old.started + 1 if old else 0)  # newer, also when the clock was set back
         return spool.save(
-            RunRecord(key=new_key(), name=self.name, started=started, params=self._params, tags=self._tags)
+            RunRecord(key=new_key(), name=self.name, started=started, params=self._params, tags=self._tags, **place)
         )
 
     def _update(self, **changes: Any) -> None:
@@ -225,9 +227,9 @@ class StageRun(Run):
 
     def _continued_or_new(self) -> RunRecord:
         spool = self.tracker.spool
-        record = self._continue(spool.latest(self.name, parents=False), self._goes_on)
         found = {name: run.key for name in self._upstream if (run := spool.latest(name, parents=False)) is not None}
-        return spool.update(record.key, parent=self._chain.key, upstream=found)
+        old = spool.latest(self.name, parents=False)
+        return self._continue(old, self._goes_on, parent=self._chain.key, upstream=found)
 
     def _goes_on(self, old: RunRecord) -> bool:
         """Whether `old` is this stage, interrupted, rather than an earlier one that ended or was cleared away."""

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,56 @@ def test_disabled_tracking_keeps_everything_for_later(root: Path, config: Tracki
     assert tracker.pending() == 2
     assert tracker.delivery.run() == []
     assert runs(root)["pretrain"].data.metrics == {"loss": 1.0}
+
+
+def test_branches_side_by_side_do_not_mix(root: Path, config: TrackingConfig):
+    tracker = Tracker(config, root)
+
+    def branch(number: int) -> None:
+        with chain.stage(f"branch{number}", params={"number": number}) as stage:
+            for step in range(20):
+                stage.metrics({"loss": number}, step)
+
+    with tracker.chain("demo") as chain, ThreadPoolExecutor(8) as pool:
+        list(pool.map(branch, range(8)))
+    found = runs(root)
+    assert len(found) == 9
+    for number in range(8):
+        run = found[f"branch{number}"]
+        assert run.data.params == {"number": str(number)}
+        assert run.data.tags["mlflow.parentRunId"] == found["demo"].info.run_id
+        history = client_of(root).get_metric_history(run.info.run_id, "loss")
+        assert sorted((m.step, m.value) for m in history) == [(step, number) for step in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("ftp://x", "expected a tracking uri that starts with"),
+        ("file:///x", "expected a tracking uri that starts with"),
+        ("http://me:hunter2@x", "expected a uri without a password"),
+    ],
+)
+def test_a_uri_that_cannot_work_is_refused_without_showing_its_password(uri: str, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        TrackingConfig(uri=uri)
+    assert "hunter2" not in str(caught.value).replace("input_value='http://me:hunter2@x'", "")
+
+
+def test_where_runs_go_is_the_section_then_the_environment_then_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert TrackingConfig().resolved_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert TrackingConfig().resolved_uri(tmp_path) == "http://127.0.0.1:5000"
+    assert TrackingConfig(uri="sqlite:///x.db").resolved_uri(tmp_path) == "sqlite:///x.db"
+
+
+def test_credentials_of_the_environment_are_not_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
+    with Tracker(TrackingConfig(close_seconds=0), tmp_path).chain("demo", params={"a": 1}) as chain, chain.stage("one"):
+        pass
+    for path in tmp_path.rglob("*"):
+        assert "hunter2" not in str(path)
+        assert path.is_dir() or b"hunter2" not in path.read_bytes()
