@@ -11,17 +11,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from pipeline.chain import Action, Chain, OutputLockedError
+from pipeline.chain import Action, Chain, Decision, OutputLockedError
 from pipeline.cluster import ClusterTooSmall
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
 from pipeline.data import DataError
 from pipeline.stages.graph import STAGES, head, tail, tuned
+from pipeline.stages.node import Node
 from pipeline.stages.services import Services
 from pipeline.stages.summary import closing_lines
 
@@ -66,25 +67,35 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
     last = STAGES.index(options.only or options.until or STAGES[-1])
     if first > last:
         raise ConfigError(f"expected --from not after --until, got --from {STAGES[first]} --until {STAGES[last]}")
-    chain = Chain(root / config.name, force=options.force, only=STAGES[first : last + 1])
-    selected = STAGES[: last + 1]
+    stages = STAGES[first : last + 1]
+    planned = _plan(Chain(root / config.name, force=options.force, only=stages), config, STAGES[: last + 1])
     if options.dry_run:
-        decisions = chain.plan(node for node in head(config) if node.stage in selected)
-        config = tuned(config, chain.done)
-        decisions += chain.plan(node for node in tail(config) if node.stage in selected)
-        print("\n".join(decision.line() for decision in decisions))
+        print("\n".join(decision.line() for decision in planned))
         return DONE
+    chain = Chain(root / config.name, force=options.force, only=stages)
     with Services(config, root) as services:
-        nodes = [node for node in [*head(config), *tail(config)] if node.stage in selected]
-        if any(decision.node.trains and decision.action is not Action.SKIP for decision in chain.plan(nodes)):
+        if any(decision.node.trains and decision.action is not Action.SKIP for decision in planned):
             services.check_cluster()
-        chain = Chain(root / config.name, force=options.force, only=STAGES[first : last + 1])
-        chain.execute([node for node in head(config) if node.stage in selected], services)
+        chain.execute(_chosen(head(config), STAGES[: last + 1]), services)
         config = tuned(config, chain.done)
-        chain.execute([node for node in tail(config) if node.stage in selected], services)
+        chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)
         if chain.failed:
             services.chain_run.fail()
     print(closing_lines(config, chain.output, chain.done, chain.failed))
+    return _exit_code(chain)
+
+
+def _plan(chain: Chain, config: ChainConfig, stages: Sequence[str]) -> list[Decision]:
+    """What would be done; the stages after a search are planned with what it has found so far."""
+    decisions = chain.plan(_chosen(head(config), stages))
+    return decisions + chain.plan(_chosen(tail(tuned(config, chain.done)), stages))
+
+
+def _chosen(nodes: Iterable[Node[Any]], stages: Sequence[str]) -> list[Node[Any]]:
+    return [node for node in nodes if node.stage in stages]
+
+
+def _exit_code(chain: Chain) -> int:
     refused = [error for error in chain.errors.values() if isinstance(error, DataError)]
     for error in refused:
         _fail(error, BAD_CONFIG)

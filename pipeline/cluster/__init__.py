@@ -3,5 +3,16 @@
 from pipeline.cluster.capacity import Capacity, ClusterTooSmall, preflight
 from pipeline.cluster.launch import TrainingFailed, launch, launch_many
 from pipeline.cluster.session import ensure_ray
+from pipeline.cluster.tasks import num_task_slots, run_tasks
 
-__all__ = ["Capacity", "ClusterTooSmall", "TrainingFailed", "ensure_ray", "launch", "launch_many", "preflight"]
+__all__ = [
+    "Capacity",
+    "ClusterTooSmall",
+    "TrainingFailed",
+    "ensure_ray",
+    "launch",
+    "launch_many",
+    "num_task_slots",
+    "preflight",
+    "run_tasks",
+]

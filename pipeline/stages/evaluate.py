@@ -1,11 +1,21 @@
-"""evaluate: every trained network under the attack suite and the gradient-masking audit."""
+"""evaluate: every trained network under the attack suite and the gradient-masking audit, in Ray tasks.
 
-from dataclasses import dataclass
+First the shards of the test images, then per network what needs them all: the merged record, and the audit.
+"""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.cluster import num_task_slots, run_tasks
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.data import PreparedData
-from pipeline.evaluation.suite import evaluate
-from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+from pipeline.evaluation.records import Evaluation
+from pipeline.evaluation.suite import evaluate, evaluate_shard
+from pipeline.stages.node import Node, StageContext, StageResult
 from pipeline.training import load_model
 
 
@@ -23,24 +33,93 @@ class EvaluateTask:
     seed: int
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """A piece of work for one Ray task: a shard of the test images or, with shard None, the rest of an evaluation."""
+
+    model: Path
+    reference: Path
+    data: Path
+    evaluation: EvaluationConfig
+    output: Path
+    seed: int
+    shard: int | None = None
+    num_shards: int = 1
+
+
 def evaluate_node(branch: str, task: EvaluateTask) -> Node[EvaluateTask]:
     """The node that evaluates one network."""
     sections = {"evaluation": task.evaluation.model_dump(mode="json"), "seed": task.seed, "reference": task.reference}
-    return Node("evaluate", branch, task, sections, run_evaluate, (task.model, task.reference, task.data))
+    needs = (task.model, task.reference, task.data)
+    return Node("evaluate", branch, task, sections, run_evaluations, needs, together=True)
 
 
-def _evaluate(context: StageContext[EvaluateTask]) -> StageResult:
-    task = context.task
-    prepared = PreparedData.load(context.upstream[task.data].directory)
+def run_evaluations(contexts: Sequence[StageContext[EvaluateTask]]) -> Sequence[StageResult | Exception]:
+    """Judge all networks, as many shards at a time as the cluster has room for."""
+    services = contexts[0].services
+    services.ray()
+    scaling = services.config.scaling
+    works = [_judgement(context) for context in contexts]
+    slots = num_task_slots(scaling)
+    shards = [
+        replace(work, shard=shard, num_shards=n)
+        for work in works
+        for n in [_num_shards(work, slots)]
+        for shard in range(n)
+    ]
+    run_tasks(judge_shard, shards, scaling)  # a shard that failed is judged again, and its error raised, by the rest
+    outcomes = run_tasks(judge_rest, works, scaling, on_done=lambda index: print(f"{contexts[index].key:<34} judged"))
+    return [
+        outcome if isinstance(outcome, Exception) else _result(context)
+        for context, outcome in zip(contexts, outcomes, strict=True)
+    ]
+
+
+def judge_shard(work: Judgement) -> None:
+    """Judge one shard; its blocks are files in the output directory."""
+    assert work.shard is not None
+    model, prepared, options = _opened(work)
+    evaluate_shard(
+        model, prepared, work.evaluation, work.output, shard=work.shard, num_shards=work.num_shards, **options
+    )
+
+
+def judge_rest(work: Judgement) -> None:
+    """Whatever no shard has done: usually the merged record and the audit."""
+    model, prepared, options = _opened(work)
+    evaluate(model, prepared, work.evaluation, work.output, **options)
+
+
+def _opened(work: Judgement) -> tuple[torch.nn.Module, PreparedData, dict[str, Any]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, reference = load_model(work.model, device), load_model(work.reference, device)
+    return model, PreparedData.load(work.data), {"seed": work.seed, "reference": reference}
+
+
+def _num_shards(work: Judgement, slots: int) -> int:
+    n = work.evaluation.num_examples or PreparedData.load(work.data).splits["test"].count
+    return min(slots, -(-n // work.evaluation.block_size))
+
+
+def _judgement(context: StageContext[EvaluateTask]) -> Judgement:
+    task, upstream = context.task, context.upstream
+    prepared = PreparedData.load(upstream[task.data].directory)
     context.run.dataset(prepared.name, prepared.digest, context="test")
-    model, reference = (load_model(context.upstream[key].directory / "model") for key in (task.model, task.reference))
-    result = evaluate(model, prepared, task.evaluation, context.directory, seed=task.seed, reference=reference)
+    return Judgement(
+        model=upstream[task.model].directory / "model",
+        reference=upstream[task.reference].directory / "model",
+        data=prepared.directory,
+        evaluation=task.evaluation,
+        output=context.directory,
+        seed=task.seed,
+    )
+
+
+def _result(context: StageContext[EvaluateTask]) -> StageResult:
+    result = Evaluation.load(context.directory)
     figures = {"test/clean": result.clean.value, "test/robust": result.union.value}
     figures |= {f"test/{attack.name}": attack.accuracy.value for attack in result.attacks}
     context.run.metrics(figures)
     context.run.artifact(context.directory / "evaluation.json")
     payload = {"clean": result.clean.value, "robust": result.union.value, "n": result.n}
     return StageResult(payload, ["evaluation.json", "evaluation.npz"])
-
-
-run_evaluate = one_by_one(_evaluate)

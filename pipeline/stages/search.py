@@ -1,4 +1,4 @@
-"""search: a Ray Tune sweep over the space of `tune_spaces`; its best trial is laid over the configuration of later stages."""
+"""search: a Ray Tune sweep over a space of `tune_spaces`; later stages run with the best trial's settings."""
 
 from dataclasses import dataclass
 from typing import Any
