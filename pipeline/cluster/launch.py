@@ -131,7 +131,7 @@ def _follow(jobs: Sequence[Job], alive: Callable[[], bool], on_progress: OnProgr
 
 def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
     """Fit until every job of the group is settled: after each fit at least one more is."""
-    from ray.train import ControllerError, TrainingFailedError
+    from ray.train import WorkerGroupError
 
     pending = list(work.jobs)
     while pending and not stop_requested(pending[0].output):
@@ -139,9 +139,11 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
         try:
             _fit(replace(work, jobs=pending), scaling, capacity)
             settled = len(pending)
-        except TrainingFailedError as failure:
+        except WorkerGroupError as failure:
             # The jobs run in order, so the first one without an outcome is the one that failed.
-            error, settled = failure, len(pending) if isinstance(failure, ControllerError) else 1
+            error, settled = failure, 1
+        except Exception as failure:  # no workers, or no cluster any more: the next attempt would end the same way
+            error, settled = failure, len(pending)
         unsettled = [job for job in pending if load_outcome(job.output, work.run) is None]
         for job in unsettled[:settled]:
             failed(work.run, error).save(job.output)
