@@ -66,7 +66,7 @@ def _parse(entry: Any, where: str) -> Distribution | When:
         "log_uniform": lambda low, high: Uniform(_number(low), _number(high), log=True),
         "integer": lambda low, high: Integer(int(low), int(high)),
         "log_integer": lambda low, high: Integer(int(low), int(high), log=True),
-        "choice": lambda *options: Choice(*options),
+        "choice": Choice,
     }
     names = set(entry) - {"when"} if isinstance(entry, Mapping) else set()
     if len(names) != 1 or not names <= set(kinds) or not isinstance(entry[min(names)], list):

@@ -1,0 +1,105 @@
+"""Sweeps, measured: packing of one-worker trials, what ASHA saves, memory of the driver, time to resume.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.sweep [--trials 8] [--epochs 8]
+
+Prints one table for benchmarks/sweep.md.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+from pipeline.artifacts import fingerprint
+from pipeline.cluster import ensure_ray
+from pipeline.cluster.sweep import Trial, search
+from pipeline.cluster.sweep.search import SearchResult, _identify
+from pipeline.cluster.sweep.trials import Leg, Point, save_trial
+from pipeline.config.chain import ChainConfig
+from pipeline.config.load import load_config, overlay
+from pipeline.data import prepare
+from pipeline.training import Context, TrainJob, train
+
+CPUS = 2
+
+
+def timed(config: ChainConfig, data: Path, output: Path) -> tuple[float, SearchResult]:
+    begin = time.perf_counter()
+    found = search(config, data=data, output=output)
+    return time.perf_counter() - begin, found
+
+
+def pure_seconds(config: ChainConfig, found: SearchResult, data: Path, root: Path) -> float:
+    """Time of the same trainings one after the other in this process, without Ray."""
+    from pipeline.cluster.sweep.space import trial_config
+
+    begin = time.perf_counter()
+    for trial in found.trials:
+        own = trial_config(config, trial.values)
+        options = {"model": own.model, "training": own.training, "augment": own.augment, "seed": own.seed}
+        train(TrainJob(**options, data=data, output=root / fingerprint(trial.values)), Context())
+    return time.perf_counter() - begin
+
+
+def resume_seconds(config: ChainConfig, data: Path, root: Path, num_trials: int = 50) -> float:
+    """Time of a search whose trials are all finished."""
+    identify = _identify(config)
+    for number in range(num_trials):
+        values = {"training.optimizer.lr": 0.01 + 0.001 * number}
+        history = tuple(Point(epoch=e, robust=0.01 * number, clean=0.5) for e in range(1, 31))
+        legs = (Leg(epoch=0, values=values),)
+        save_trial(root, Trial(number=number, identity=identify(values), legs=legs, state="done", history=history))
+    settings = {"search.num_trials": num_trials, "search.space": "optim"}
+    return timed(overlay(config, settings), data, root)[0]
+
+
+def epochs_run(found: SearchResult) -> int:
+    return sum(trial.history[-1].epoch for trial in found.trials if trial.history)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=8)
+    arguments = parser.parse_args()
+    root = Path(tempfile.mkdtemp())
+    settings = [
+        "search.enabled=true",
+        "search.space=optim",
+        "search.algorithm=random",
+        "search.scheduler=none",
+        f"search.num_trials={arguments.trials}",
+        f"search.epochs={arguments.epochs}",
+        f"scaling.num_cpus={CPUS}",
+    ]
+    config = load_config("demo", settings)
+    prepare(config.data, root / "data", seed=config.seed)
+
+    begin = time.perf_counter()
+    with ensure_ray(config.scaling):
+        start = time.perf_counter() - begin
+        plain_wall, plain = timed(config, root / "data", root / "none")
+        asha_wall, asha = timed(overlay(config, {"search.scheduler": "asha"}), root / "data", root / "asha")
+    pure = pure_seconds(config, plain, root / "data", root / "pure")
+    resume = resume_seconds(config, root / "data", root / "resume")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    best = [f"{found.best.best.robust:.4f}" for found in (plain, asha)]
+    rows = {
+        "Ray start": f"{start:.1f} s",
+        f"{arguments.trials} trials x {arguments.epochs} epochs, one worker each, {CPUS} CPUs": f"{plain_wall:.1f} s",
+        "the same trainings in one process, one after the other": f"{pure:.1f} s",
+        f"share of ideal packing ({pure:.1f} / {CPUS} / {plain_wall:.1f})": f"{pure / CPUS / plain_wall:.2f}",
+        "the same search with ASHA": f"{asha_wall:.1f} s",
+        "epochs run without and with ASHA": f"{epochs_run(plain)} and {epochs_run(asha)}",
+        "best robust accuracy without and with ASHA": " and ".join(best),
+        "peak memory of the driver": f"{memory:.0f} MB",
+        "resume of 50 finished trials": f"{resume:.1f} s",
+    }
+    print("| measure | value |\n|---|---|")
+    print(*(f"| {name} | {value} |" for name, value in rows.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
