@@ -1,7 +1,7 @@
 """Independent calls of a function in Ray tasks, as many at a time as the cluster has room for."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.cluster.capacity import current_capacity, uses_gpu, worker_bundle
 from pipeline.cluster.session import ensure_ray
@@ -40,9 +40,10 @@ def run_tasks(
         waiting = list(index)
         while waiting:
             (ended,), waiting = ray.wait(waiting, num_returns=1)
-            results[index[ended]] = _outcome(ended)
+            number = index[ended]
+            results[number] = _outcome(ended)
             if on_done is not None:
-                on_done(index[ended])
+                on_done(number)
     return [results[number] for number in range(len(arguments))]
 
 
@@ -52,7 +53,7 @@ def num_task_slots(scaling: ScalingConfig) -> int:
     return max(1, capacity.slots(worker_bundle(scaling, capacity)))
 
 
-def _outcome(reference: object) -> object:
+def _outcome(reference: Any) -> Any:
     import ray
     from ray.exceptions import RayError, RayTaskError
 
