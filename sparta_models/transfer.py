@@ -73,8 +73,8 @@ def adapt_tensors(
     """Fit a function's tensors to the shapes of another width.
 
     Raises:
-        ValueError: for an unknown rule, shapes that differ when there is no rule, and functions that mix channels, which no
-            rule fits to another width.
+        ValueError: for an unknown rule, shapes that differ when there is no rule, and functions that mix channels,
+            which no rule fits to another width.
     """
     if rule is not None and rule not in ADAPT:
         raise ValueError(f"unknown adapt rule {rule!r}; known: {', '.join(sorted(ADAPT))}")
