@@ -67,7 +67,7 @@ def _coordinates(axes: Any, trials: Sequence[Trial], names: Names) -> None:
     robust = np.array([100 * trial.score(["robust"])[0] for trial in trials])
     low, high = robust.min(), max(robust.max(), robust.min() + 1e-9)
     columns["robust %"] = (robust - low) / (high - low), [(0.0, f"{low:.1f}"), (1.0, f"{high:.1f}")]
-    colours = mpl.colormaps["viridis"]
+    colours = mpl.colormaps["viridis_r"]
     for row in np.argsort(robust):
         heights = [positions[row] for positions, _ in columns.values()]
         colour = colours((robust[row] - low) / (high - low))
@@ -80,7 +80,7 @@ def _coordinates(axes: Any, trials: Sequence[Trial], names: Names) -> None:
     axes.set_xticks(range(len(columns)), labels, rotation=20, ha="right", fontsize=8)
     axes.set_yticks([])
     axes.set_xlim(-0.2, len(columns) - 0.4)
-    axes.set_title("Trials by their parameters; brighter is more robust", fontsize=10)
+    axes.set_title("Trials by their parameters; darker is more robust", fontsize=10)
     axes.spines[:].set_visible(False)
 
 

@@ -10,9 +10,12 @@ from typing import Any
 from pipeline.cluster.capacity import Capacity, preflight, worker_bundle
 from pipeline.cluster.sweep.board import Board
 from pipeline.cluster.sweep.trainable import Sweep, run_trial
-from pipeline.cluster.sweep.trials import Point
+from pipeline.cluster.sweep.trials import Point, Trial
 from pipeline.config.load import ConfigError
 from tune_spaces import Choice, Distribution, Integer, Space, Value, When
+
+_DRIVER = 1 << 28
+"""Bytes of memory that the process of a nested trial reserves; Tune wants it to reserve something."""
 
 
 def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
@@ -24,15 +27,18 @@ def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
     from ray import tune
 
     capacity = preflight(sweep.scaling)
+    # A population is there from the start; otherwise every trial is chosen when there is room for it.
+    population = _population(board) if sweep.perturbs else None
     storage = sweep.root / "ray"
     tuner = tune.Tuner(
         tune.with_resources(lambda settings: run_trial(settings, sweep), _resources(sweep, capacity)),
+        param_space=population,
         tune_config=tune.TuneConfig(
             metric=sweep.base.search.objectives[0],
             mode="max",
-            search_alg=_searcher(board),
+            search_alg=_searcher(board) if population is None else None,
             scheduler=_scheduler(sweep, space),
-            num_samples=board.num_left,
+            num_samples=board.num_left if population is None else 1,
             max_concurrent_trials=_concurrent(sweep, capacity),
             trial_dirname_creator=lambda trial: str(trial.trial_id),
             reuse_actors=sweep.scaling.max_workers == 1,  # a new process imports torch for seconds
@@ -61,13 +67,25 @@ def _set_environment() -> None:
 def _resources(sweep: Sweep, capacity: Capacity) -> dict[str, float]:
     # A nested trial's own process only waits for its workers. If it held a CPU, drivers could fill the machine and
     # wait for ever for workers that no longer fit.
-    return worker_bundle(sweep.scaling, capacity) if sweep.scaling.max_workers == 1 else {"CPU": 0}
+    return worker_bundle(sweep.scaling, capacity) if sweep.scaling.max_workers == 1 else {"CPU": 0, "memory": _DRIVER}
 
 
 def _concurrent(sweep: Sweep, capacity: Capacity) -> int:
     slots = capacity.slots(worker_bundle(sweep.scaling, capacity), placement=sweep.scaling.placement)
     room = max(1, slots // sweep.scaling.max_workers)
     return min(room, sweep.base.search.max_concurrent or room)
+
+
+def _population(board: Board) -> dict[str, Any]:
+    from ray import tune
+
+    trials: list[Trial] = []
+    while (trial := board.next()) is not None:
+        trials.append(trial)
+    return {
+        "trial": tune.grid_search([trial.model_dump(mode="json") for trial in trials]),
+        "values": tune.sample_from(lambda spec: dict(spec.config["trial"]["legs"][-1]["values"])),
+    }
 
 
 def _searcher(board: Board) -> Any:
@@ -90,7 +108,7 @@ def _searcher(board: Board) -> Any:
             trial = self.board.next()
             if trial is None:
                 return str(Searcher.FINISHED)
-            return {"trial": trial.model_dump(mode="json"), "number": trial.number, "values": trial.values}
+            return {"trial": trial.model_dump(mode="json"), "values": trial.values}
 
         def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
             """The board learns it from the callback, with more detail."""
@@ -117,20 +135,20 @@ def _callback(board: Board) -> Any:
             return {}
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.board.started(trial.config["number"], trial.config["values"])
+            self.board.started(trial.config["trial"]["number"], trial.config["values"])
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
         ) -> None:
             point = Point(epoch=result["epoch"], robust=result["robust"], clean=result["clean"])
-            self.board.reported(trial.config["number"], point)
+            self.board.reported(trial.config["trial"]["number"], point)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.board.ended(trial.config["number"])
+            self.board.ended(trial.config["trial"]["number"])
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             cause = trial.get_error() or "the trial's process died"
-            self.board.ended(trial.config["number"], error=" ".join(str(cause).split())[-500:])
+            self.board.ended(trial.config["trial"]["number"], error=" ".join(str(cause).split())[-500:])
 
     return Books(board)
 
