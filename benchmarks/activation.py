@@ -183,7 +183,7 @@ def surroundings(args: argparse.Namespace) -> str:
     load = Path("/proc/loadavg").read_text().split()[0]
     return (
         f"{cpu}, {args.threads} threads, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"commit {commit}, seed 0, median of {args.repeats} rounds by the {args.clock} clock, load before the start {load}, "
+        f"commit {commit}, seed 0, median of {args.repeats} rounds by the {args.clock} clock, load before {load}, "
         f"compiled kernel {kernel_status().split(':')[0]}"
     )
 

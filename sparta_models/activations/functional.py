@@ -97,8 +97,8 @@ def _by_kernel(dy: Tensor, inputs: _Inputs, needs: Sequence[bool]) -> list[Tenso
     dx = dx.contiguous(memory_format=_layout(x))
     if not weights:
         return [dx, None, None]
-    sums = sums.sum(0).to(weight.dtype)  # (C, 10): nine taps and the bias
-    return [dx, sums[:, :9].reshape(weight.shape), None if bias is None else sums[:, 9]]
+    sums = sums.sum(0).to(weight.dtype)  # (10, C): nine taps and the bias
+    return [dx, sums[:9].t().reshape(weight.shape), None if bias is None else sums[9]]
 
 
 def _by_operators(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: int) -> list[Tensor | None]:
@@ -149,7 +149,8 @@ def _operators() -> Any:
 
 def _for_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     b = None if bias is None else bias.detach().float().contiguous()
-    return x.detach().contiguous(memory_format=torch.channels_last), weight.detach().float().contiguous(), b
+    taps = weight.detach().float().flatten(1).t().contiguous()  # (9, C)
+    return x.detach().contiguous(memory_format=torch.channels_last), taps, b
 
 
 def _layout(x: Tensor) -> torch.memory_format:

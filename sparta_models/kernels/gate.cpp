@@ -6,7 +6,7 @@
 //
 //   h = dy * x * s (1 - s), s = sigmoid(g);   dx = dy * s + transposed correlation of h with w;   dw = correlation of h with x
 //
-// Arithmetic is float32 whatever the storage (float32 or bfloat16).
+// Weights come as (9, C). Arithmetic is float32 whatever the storage (float32 or bfloat16).
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
@@ -198,11 +198,10 @@ void backward_plane(const T* x, const T* dy, T* dx, const T* zero, Ring& ring, W
   }
 }
 
-// Weights of L channels from c on, transposed from (C, 3, 3).
-Window taps(const float* w, int64_t c, int n) {
-  Window out = {};
-  for (int lane = 0; lane < n; ++lane)
-    for (int t = 0; t < 9; ++t) out[t][lane] = w[(c + lane) * 9 + t];
+// Weights (9, C) of L channels from c on.
+inline Window taps(const float* w, int64_t c, int64_t channels, int n) {
+  Window out;
+  for (int t = 0; t < 9; ++t) out[t] = load<float, false>(w + t * channels + c, n);
   return out;
 }
 
@@ -234,7 +233,7 @@ void run_forward(const at::Tensor& x, const at::Tensor& w, const std::optional<a
   const float* weights = w.const_data_ptr<float>();
   for_planes<T>(x, [&](int64_t at, int64_t c, int n, Shape s, Ring&) {
     auto plane = n == L ? forward_plane<T, true> : forward_plane<T, false>;
-    plane(in + at, out + at, zero, taps(weights, c, n), offsets(b, c, n), s, n);
+    plane(in + at, out + at, zero, taps(weights, c, s.channels, n), offsets(b, c, n), s, n);
   });
 }
 
@@ -251,12 +250,11 @@ void run_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w
     vf db = {};
     auto plane = partial ? (n == L ? backward_plane<T, true, true> : backward_plane<T, false, true>)
                          : (n == L ? backward_plane<T, true, false> : backward_plane<T, false, false>);
-    plane(in + at, gradient + at, out + at, zero, ring, taps(weights, c, n), offsets(b, c, n), dw, db, s, n);
+    plane(in + at, gradient + at, out + at, zero, ring, taps(weights, c, s.channels, n), offsets(b, c, n), dw, db, s, n);
     if (!partial) return;
-    float* own = partial + (at::get_thread_num() * s.channels + c) * 10;
-    for (int lane = 0; lane < n; ++lane) {
-      for (int t = 0; t < 9; ++t) own[lane * 10 + t] += dw[t][lane];
-      own[lane * 10 + 9] += db[lane];
+    float* own = partial + at::get_thread_num() * 10 * s.channels + c;
+    for (int t = 0; t < 10; ++t, own += s.channels) {
+      store<float, false>(own, load<float, false>(own, n) + (t < 9 ? dw[t] : db), n);
     }
   });
 }
@@ -271,11 +269,11 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& w, const std::optional
   return y;
 }
 
-// Returns dx, and where weights are asked for the sums (threads, C, 10): nine taps and the bias.
+// Returns dx, and where weights are asked for the sums (threads, 10, C): nine taps and the bias.
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w,
                                             const std::optional<at::Tensor>& b, bool weights) {
   at::Tensor dx = at::empty_like(x);
-  at::Tensor partial = at::zeros({weights ? at::get_num_threads() : 0, x.size(1), 10}, w.options());
+  at::Tensor partial = at::zeros({weights ? at::get_num_threads() : 0, 10, x.size(1)}, w.options());
   float* sums = weights ? partial.mutable_data_ptr<float>() : nullptr;
   if (x.scalar_type() == at::kFloat) {
     run_backward<float>(dy, x, w, b, dx, sums);
