@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from pipeline.config.evaluation import ThreatModel
 from pipeline.report.facts import Row
 from pipeline.report.gates import Response
 from pipeline.report.inputs import ModelCard, ReportInputs
@@ -23,6 +24,7 @@ class Chart(NamedTuple):
     name: str
     """Of its PNG file."""
     title: str
+    note: str
     svg: str
 
 
@@ -33,17 +35,18 @@ def draw(
     output: Path,
     *,
     dpi: int,
+    note: str = "",
     size: tuple[float, float] = (4.4, 3.1),
 ) -> Chart:
     """Paint one pair of axes; write it as `output`/<name>.png and return it as SVG."""
     with drawing():
         figure = Figure(figsize=size)
         axes = figure.subplots()
-        axes.set_title(title)
+        axes.set_title(", ".join(filter(None, (title, note))))
         paint(axes)
         figure.savefig(output / f"{name}.png", dpi=dpi, facecolor="white")
         axes.set_title("")
-        return Chart(name, title, svg(figure, name))
+        return Chart(name, title, note, svg(figure, name))
 
 
 def overview(summary: Sequence[Row], output: Path, *, dpi: int) -> Chart:
@@ -74,8 +77,8 @@ def robustness_curves(inputs: ReportInputs, output: Path, *, dpi: int) -> list[C
     """Robust accuracy against eps, one chart per target."""
 
     def paint(cards: Sequence[ModelCard], axes: Axes) -> None:
-        linf = cards[0].evaluation.config.threat.norm == "linf"
-        scale = 255.0 if linf else 1.0
+        threat = cards[0].evaluation.config.threat
+        scale = 255.0 if in_pixel_steps(threat) else 1.0
         for card in cards:
             points = card.evaluation.curve
             eps = [scale * point.eps for point in points]
@@ -96,9 +99,9 @@ def robustness_curves(inputs: ReportInputs, output: Path, *, dpi: int) -> list[C
                 label=_name(card),
             )
         axes.axhline(1 / len(cards[0].class_names), color=MUTED, linewidth=1, linestyle=(0, (2, 3)), label="chance")
-        axes.axvline(scale * cards[0].evaluation.config.threat.eps, color=MUTED, linewidth=1)
+        axes.axvline(scale * threat.eps, color=MUTED, linewidth=1)
         _accuracy_axis(axes)
-        axes.set_xlabel("eps (x / 255)" if linf else "eps (l2)")
+        axes.set_xlabel(f"eps ({threat.norm}" + (", in 1/255)" if scale > 1 else ")"))
         axes.legend()
 
     return _per_target(inputs, "eps", paint, output, dpi=dpi, shown=lambda card: bool(card.evaluation.curve))
@@ -174,10 +177,20 @@ def response_curves(found: Sequence[Response], output: Path, *, dpi: int) -> lis
                 label=f"neighbours {around:+.0f}".replace("+0", "0"),
             )
         axes.set_xlabel("input x at the position")
-        axes.set_ylabel("output y, mean of channels")
+        axes.set_ylabel("output y there")
         axes.legend()
 
-    return [draw(f"response-stage{r.stage}", f"Stage {r.stage}", partial(paint, r), output, dpi=dpi) for r in found]
+    return [
+        draw(
+            f"response-stage{r.stage}",
+            f"Stage {r.stage}",
+            partial(paint, r),
+            output,
+            dpi=dpi,
+            note=f"channel {r.channel} of {r.num_channels}",
+        )
+        for r in found
+    ]
 
 
 def _per_target(
@@ -193,9 +206,14 @@ def _per_target(
     for number, (target, cards) in enumerate(_targets(inputs)):
         drawn = [card for card in cards if shown(card)]
         if drawn:
-            title = _short(f"{target}: {drawn[0].architecture} on {drawn[0].dataset}", 52)
-            charts.append(draw(f"{name}-{number}", title, partial(paint, drawn), output, dpi=dpi))
+            note = f"{drawn[0].architecture} on {drawn[0].dataset}"
+            charts.append(draw(f"{name}-{number}", target, partial(paint, drawn), output, dpi=dpi, note=note))
     return charts
+
+
+def in_pixel_steps(threat: ThreatModel) -> bool:
+    """Whether eps is a whole number of grey levels of 8-bit images, as in 8/255."""
+    return threat.norm == "linf" and abs(255 * threat.eps - round(255 * threat.eps)) < 1e-6
 
 
 def _targets(inputs: ReportInputs) -> Iterator[tuple[str, list[ModelCard]]]:

@@ -22,9 +22,12 @@ _POINTS = 81
 
 
 class Response(NamedTuple):
-    """Output at one position against the input there, for several values of all its neighbours; means over channels."""
+    """Output at one position against the input there, for several values of all its neighbours, in one channel."""
 
     stage: int
+    channel: int
+    """The one that its neighbours sway most."""
+    num_channels: int
     x: Array  # (P,)
     y: dict[float, Array]  # surroundings -> (P,)
 
@@ -75,8 +78,11 @@ def _response(site: nn.Module, stage: int, like: Tensor) -> Response:
     for around in SURROUNDINGS:
         patch = torch.full((_POINTS, like.shape[1], height, width), around, dtype=like.dtype, device=like.device)
         patch[:, :, height // 2, width // 2] = values[:, None]
-        curves[around] = site(patch)[:, :, height // 2, width // 2].mean(dim=1).float().cpu().numpy()
-    return Response(stage, values.float().cpu().numpy(), curves)
+        curves[around] = site(patch)[:, :, height // 2, width // 2].float()  # (P, C)
+    sway = (curves[SURROUNDINGS[-1]] - curves[SURROUNDINGS[0]]).abs().amax(dim=0)
+    channel = int(sway.argmax())
+    chosen = {around: y[:, channel].cpu().numpy() for around, y in curves.items()}
+    return Response(stage, channel, len(sway), values.float().cpu().numpy(), chosen)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pipeline.config.report import ReportConfig
 from pipeline.evaluation.stats import Accuracy
 from pipeline.report import charts, facts
+from pipeline.report.charts import in_pixel_steps
 from pipeline.report.gates import responses
 from pipeline.report.inputs import ModelCard, ReportInputs
 from pipeline.report.pictures import Gallery, gallery, write_sheet
@@ -154,11 +155,8 @@ def _big(number: float) -> str:
 
 def _threat(card: ModelCard) -> str:
     threat = card.evaluation.config.threat
-    return (
-        f"{threat.norm}, eps {255 * threat.eps:.3g}/255"
-        if threat.norm == "linf"
-        else f"{threat.norm}, eps {threat.eps:.3g}"
-    )
+    eps = f"{255 * threat.eps:.0f}/255" if in_pixel_steps(threat) else f"{threat.eps:.3g}"
+    return f"{threat.norm}, eps {eps}"
 
 
 def _check_of(card: ModelCard, number: int) -> object:
