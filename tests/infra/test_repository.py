@@ -1,0 +1,118 @@
+"""The repository as a whole: what the README says is so, imports go one way, nothing is unpickled."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = [
+    path for package in ("pipeline", "sparta_models", "tune_spaces") for path in sorted((ROOT / package).rglob("*.py"))
+]
+HOMES = {
+    "ray": ("pipeline/cluster/",),
+    "mlflow": ("pipeline/tracking/",),
+    "ffcv": ("pipeline/data/beton.py",),
+}
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_each_system_library_is_imported_in_one_place(library: str) -> None:
+    elsewhere = [
+        str(path.relative_to(ROOT))
+        for path in MODULES
+        if any(name.partition(".")[0] == library for name in _imports(path))
+        and not str(path.relative_to(ROOT)).startswith(HOMES[library])
+    ]
+    assert elsewhere == []
+
+
+def test_sparta_models_needs_torch_alone() -> None:
+    allowed = {"torch", "safetensors", "sparta_models", *sys.stdlib_module_names}
+    foreign = {
+        (path.name, name)
+        for path in MODULES
+        if "sparta_models" in path.parts
+        for name in _imports(path)
+        if name.partition(".")[0] not in allowed
+    }
+    assert foreign == set()
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        (
+            "training",
+            ("pipeline.stages", "pipeline.chain", "pipeline.cluster", "pipeline.evaluation", "pipeline.report"),
+        ),
+        ("data", ("pipeline.stages", "pipeline.chain", "pipeline.cluster", "pipeline.training", "pipeline.evaluation")),
+        ("evaluation", ("pipeline.stages", "pipeline.chain", "pipeline.cluster", "pipeline.report")),
+        ("tracking", ("pipeline.stages", "pipeline.chain", "pipeline.cluster", "pipeline.training", "pipeline.report")),
+        ("report", ("pipeline.stages", "pipeline.chain", "pipeline.cluster")),
+        ("cluster", ("pipeline.stages", "pipeline.chain", "pipeline.report")),
+        ("stages", ("pipeline.chain",)),
+    ],
+)
+def test_imports_go_one_way(package: str, forbidden: tuple[str, ...]) -> None:
+    backwards = {
+        (str(path.relative_to(ROOT)), name)
+        for path in MODULES
+        if path.is_relative_to(ROOT / "pipeline" / package)
+        for name in _imports(path)
+        if name.startswith(forbidden)
+    }
+    assert backwards == set()
+
+
+def test_nothing_is_unpickled() -> None:
+    pattern = re.compile(r"pickle\.loads?\(|allow_pickle=True|weights_only=False|joblib\.load|dill\.")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in MODULES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line) or ("torch.load(" in line and "weights_only=True" not in line)
+    ]
+    assert found == []
+
+
+def test_readme_tree_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("tree", ROOT / "infra" / "tree.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tree = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tree)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tree.updated(readme) == readme, "run: python infra/tree.py"
+
+
+@pytest.mark.parametrize("script", ["infra/setup.sh", "infra/ui.sh", ".ci/run"])
+def test_shell_scripts_parse(script: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+def test_no_machine_path_and_no_workplace_in_the_tree() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"/work/main|/work/shared|/root/|/home/[a-z]+/")
+    found = []
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".sh", ".toml", ".yaml", ".yml", ".txt", ""} and path.is_file():
+            found += [name for line in path.read_text(encoding="utf-8").splitlines() if pattern.search(line)]
+    assert set(found) <= {"tests/infra/test_repository.py"}

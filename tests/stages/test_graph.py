@@ -1,0 +1,95 @@
+"""Which nodes a configuration makes, and what their identity depends on."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import fingerprint
+from pipeline.config.chain import ChainConfig
+from pipeline.config.load import load_config
+from pipeline.stages.graph import STAGES, head, reported_models, tail
+from pipeline.stages.node import Node
+
+
+def nodes(*overrides: str) -> dict[str, Node[Any]]:
+    config = load_config("demo", overrides)
+    return {node.key: node for node in [*head(config), *tail(config)]}
+
+
+def identities(*overrides: str) -> dict[str, str]:
+    return {
+        key: fingerprint({"sections": dict(node.sections), "needs": node.needs})
+        for key, node in nodes(*overrides).items()
+    }
+
+
+def test_every_node_comes_after_what_it_needs_and_stages_are_in_order() -> None:
+    seen: set[str] = set()
+    stages = []
+    for key, node in nodes("search.enabled=true").items():
+        assert set(node.needs) <= seen
+        seen.add(key)
+        stages.append(STAGES.index(node.stage))
+    assert stages == sorted(stages)
+    assert "search:best" in seen
+
+
+def test_every_target_has_a_frozen_network_and_a_control_of_equal_budget() -> None:
+    models = {model.branch: model for model in reported_models(load_config("demo"))}
+    for name in ("deeper", "digits-5-9"):
+        frozen, control = models[name], models[f"{name}-control"]
+        assert frozen.task.bank == "freeze:bank"
+        assert control.task.bank is None
+        assert control.activation == "relu"
+        assert (frozen.task.training, frozen.task.augment, frozen.task.seed, frozen.task.data) == (
+            control.task.training,
+            control.task.augment,
+            control.task.seed,
+            control.task.data,
+        )
+        assert frozen.task.model.name == control.task.model.name
+        assert (frozen.twin, control.twin) == (control.trained, frozen.trained)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "scaling.num_workers=1",
+        "scaling.max_failures=9",
+        "tracking.experiment=other",
+        "training.checkpoint.every_steps=5",
+        "data.writers=2",
+    ],
+)
+def test_where_and_how_is_no_part_of_any_identity(override: str) -> None:
+    assert identities(override) == identities()
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("training.epochs=3", {"pretrain", "transfer"}),
+        ("data.val_fraction=0.2", {"prepare"}),
+        ("model.activation.options.kernel_size=5", {"pretrain", "transfer"}),
+        ("evaluation.threat.eps=0.2", {"evaluate"}),
+        ("training.threat.eps=0.2", {"pretrain", "freeze", "transfer"}),
+        ("report.num_pictures=1", {"report"}),
+    ],
+)
+def test_a_setting_changes_the_stages_that_depend_on_it_and_no_others(override: str, changed: set[str]) -> None:
+    before, after = identities(), identities(override)
+    assert {key.partition(":")[0] for key in before if before[key] != after[key]} == changed
+
+
+def test_target_with_its_own_data_has_its_own_preparation() -> None:
+    found = nodes()
+    assert found["transfer:digits-5-9"].task.data == "prepare:digits-5-9"
+    assert found["transfer:deeper"].task.data == "prepare:source"
+
+
+def test_chain_without_targets_still_freezes_and_reports() -> None:
+    config = load_config("demo").model_copy(update={"transfer": ()})
+    keys = [node.key for node in [*head(config), *tail(ChainConfig.model_validate(config.model_dump()))]]
+    assert "freeze:bank" in keys
+    assert "report:page" in keys
+    assert not any(key.startswith("transfer") for key in keys)
