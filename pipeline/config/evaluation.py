@@ -209,7 +209,7 @@ class AuditConfig(Section):
     budget: Literal["off", "quick", "full"] = "quick"
     """off: none; quick: at most 2 minutes on 2 cores for a small network; full: what promotion needs."""
     num_examples: int | None = Field(default=None, ge=16)
-    """Images the checks look at; none means 128 (quick) or 1000 (full)."""
+    """Images the checks look at, at most those evaluated; none means 128 (quick) or 1000 (full)."""
 
     @property
     def resolved_num_examples(self) -> int:

@@ -65,7 +65,8 @@ def evaluate(
     if previous is not None and previous.audit is not None and previous.model_copy(update={"audit": None}) == result:
         report = previous.audit
     else:
-        x, y = first_examples(prepared, config.audit.resolved_num_examples, _device(model))
+        count = min(config.audit.resolved_num_examples, result.n)
+        x, y = first_examples(prepared, count, _device(model))
         report = audit(model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference)
     result = result.model_copy(update={"audit": report})
     result.save(output)

@@ -157,7 +157,7 @@ def linear_problem(eps: float, norm: str) -> tuple[Problem, torch.Tensor]:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(
-    "attack", [lambda p: spsa(p, steps=20, num_samples=64), lambda p: rays(p, num_queries=200)], ids=["SPSA", "RayS"]
+    "attack", [lambda p: spsa(p, steps=20, num_samples=64), lambda p: rays(p, num_flips=200)], ids=["SPSA", "RayS"]
 )
 def test_a_gradient_free_attack_finds_a_linear_boundary_just_inside_the_ball_and_none_outside(attack, norm):
     # |w|_1 = 16 and |w|_2 = 4: the distance is 0.8 / 16 = 0.05 in linf and 0.2 in l2.

@@ -23,6 +23,6 @@ def check(subject: Subject) -> Check:
                 seed=problem.seed,
             ),
             "SPSA": spsa(problem, steps=effort.spsa_steps, num_samples=effort.spsa_samples),
-            "RayS": rays(problem, num_queries=effort.hard_label_queries),
+            "RayS": rays(problem, num_flips=effort.hard_label_flips),
         }
     return beats(4, "black_box", subject, attacks, "an attack that sees no gradient")

@@ -33,11 +33,11 @@ def spsa(problem: Problem, *, steps: int, num_samples: int) -> Tensor:
     return x_adv
 
 
-def rays(problem: Problem, *, num_queries: int) -> Tensor:
+def rays(problem: Problem, *, num_flips: int) -> Tensor:
     """Decision-based search of the sign direction with the nearest boundary (Chen and Gu, 2020, arXiv 2006.12792).
 
     Ever smaller blocks of a sign vector are flipped; a flip stays where the boundary comes nearer. Instead of the exact
-    distance, the point at the radius eps is asked first: it alone decides whether the attack succeeds.
+    distance a few radii and bisections are asked, that at eps first: it alone decides whether the attack succeeds.
 
     Returns:
         x_adv (B, C, H, W) in the ball and in [0, 1].
@@ -46,21 +46,21 @@ def rays(problem: Problem, *, num_queries: int) -> Tensor:
     size = x[0].numel()
     signs = torch.ones(len(x), size, device=x.device)
     distance = _boundary(problem, signs, torch.full((len(x),), torch.inf, device=x.device))
-    block, position, queries = size, 0, 0
-    while queries < num_queries and bool((distance > 1).any()):
+    block, position, flips = size, 0, 0
+    while flips < num_flips and bool((distance > 1).any()):
         flipped = signs.clone()
         flipped[:, position : position + block] *= -1
         nearer = _boundary(problem, flipped, distance)
         better = nearer < distance
         signs[better], distance[better] = flipped[better], nearer[better]
-        queries, position = queries + 1, position + block
+        flips, position = flips + 1, position + block
         if position >= size:
             block, position = max(1, block // 2), 0
     return _along(problem, signs, torch.ones_like(distance))
 
 
-_RADII = (1.0, 2.0, 4.0, 8.0, 16.0)
-_BISECTIONS = 4
+_RADII = (1.0, 2.0, 4.0, 8.0)
+_BISECTIONS = 3
 
 
 def _boundary(problem: Problem, signs: Tensor, best: Tensor) -> Tensor:

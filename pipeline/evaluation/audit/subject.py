@@ -18,14 +18,14 @@ from pipeline.evaluation.stats import Accuracy
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work the checks do; steps, queries and directions are per example."""
+    """How much work the checks do; steps, queries, flips and draws are per example."""
 
     steps: int
     restarts: int
     square_queries: int
     spsa_steps: int
     spsa_samples: int
-    hard_label_queries: int
+    hard_label_flips: int
     noise_draws: int
     num_targets: int
     num_probed: int
@@ -35,11 +35,11 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "quick": Effort(
-        steps=20, restarts=1, square_queries=100, spsa_steps=8, spsa_samples=8, hard_label_queries=60, noise_draws=5,
+        steps=20, restarts=1, square_queries=100, spsa_steps=8, spsa_samples=8, hard_label_flips=30, noise_draws=5,
         num_targets=2, num_probed=16, line_points=33,
     ),
     "full": Effort(
-        steps=50, restarts=4, square_queries=2000, spsa_steps=50, spsa_samples=64, hard_label_queries=1000,
+        steps=50, restarts=4, square_queries=2000, spsa_steps=50, spsa_samples=64, hard_label_flips=300,
         noise_draws=50, num_targets=9, num_probed=64, line_points=129,
     ),
 }  # fmt: skip
