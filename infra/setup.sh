@@ -71,7 +71,7 @@ pip() { "$venv/bin/python" -m pip "$@"; }
 say "installing Python packages ($profile); the first time takes minutes and about 7 GB"
 if [ "$profile" = dev ]; then extras="[dev]"; else extras=""; fi
 pip install --quiet --upgrade pip "setuptools>=77"
-pip install --quiet -c infra/constraints.txt --no-build-isolation --editable ".$extras"
+PYTHONWARNINGS=ignore pip install --quiet -c infra/constraints.txt --no-build-isolation --editable ".$extras"
 
 # --- FFCV --------------------------------------------------------------------------------------------------------
 # Its build asks pkg-config for the whole of OpenCV but uses core and imgproc only: two development packages (49 MB
