@@ -6,18 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.training.methods import Cost
 from pipeline.training.network import Forward, shadow
-
-
-def forward_flops(model: nn.Module, x: Tensor) -> float:
-    """Floating-point operations of convolutions and linear layers in a forward pass over one image of x."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        shadow(model)(x[:1])
-    return float(counter.get_total_flops())
 
 
 def floor_seconds(model: nn.Module, x: Tensor, cost: Cost, precision: str, *, repeats: int = 3) -> float:

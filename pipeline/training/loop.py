@@ -73,6 +73,8 @@ def train_step(run: Run, x: Tensor, y: Tensor) -> bool:
     if config.mix:
         x, y = mix_batch(config.mix, x, y, num_classes=run.prepared.num_classes, generator=draws)
 
+    if run.folded is not None:
+        run.folded.refresh()
     x_adv = run.method.perturb(run.attacked, x, y, run.strength, draws)
     with run.perturbed_weights(x, x_adv, y):
         terms = run.method.terms(run.trained, x, x_adv, y)

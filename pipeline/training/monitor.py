@@ -9,7 +9,8 @@ from typing import Self
 from torch import Tensor
 
 from pipeline.data import Loader
-from pipeline.training.floor import floor_seconds, forward_flops
+from pipeline.training.floor import floor_seconds
+from pipeline.training.network import forward_flops
 from pipeline.training.reporter import Reporter
 from pipeline.training.run import Run
 

@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.data import PreparedData
 from pipeline.training.job import TrainJob
@@ -86,3 +87,11 @@ class Forward(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             z: Tensor = self.network(x)
         return z.float()
+
+
+def forward_flops(model: nn.Module, x: Tensor) -> float:
+    """Floating-point operations of convolutions and linear layers in a forward pass over one image of x."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        shadow(model)(x[:1])
+    return float(counter.get_total_flops())

@@ -5,18 +5,23 @@ import torch
 COMPILE_STEPS = 2000
 """Training steps from which torch.compile is taken to pay for the minutes it needs, on a GPU."""
 
+BF16_FLOPS = 10e6
+"""Operations of a forward pass over one image from which bf16 is faster on a processor that has it."""
 
-def resolve_precision(setting: str, device: torch.device) -> str:
-    """ "fp32" or "bf16"; auto takes bf16 where the device has matrix instructions for it.
 
-    Those are AMX on x86 processors and the tensor cores of GPUs since Ampere. AVX512-BF16 alone gains no more than the
-    conversions around it cost in small networks, see benchmarks/at_step.md, and so stays with fp32.
+def resolve_precision(setting: str, device: torch.device, forward_flops: float) -> str:
+    """ "fp32" or "bf16". forward_flops: floating-point operations of a forward pass over one image.
+
+    auto takes bf16 where the device multiplies faster in it (GPUs since Ampere, processors with AMX or AVX512-BF16), on
+    a processor only for networks large enough to pay for the conversions, see benchmarks/at_step.md. It is a rule and
+    no timing, so that the same job gives the same bits every time.
     """
     if setting != "auto":
         return setting
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    able = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if able and forward_flops >= BF16_FLOPS else "fp32"
 
 
 def resolve_compile(setting: str, device: torch.device, steps: int) -> bool:

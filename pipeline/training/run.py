@@ -8,16 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.config.training import FGSMRSConfig, StandardConfig, TrainingConfig
 from pipeline.data import Loader, PreparedData, open_split
 from pipeline.training.awp import perturbed_weights
 from pipeline.training.checkpoint import Checkpoints, gather, restore
 from pipeline.training.context import Context
 from pipeline.training.distributed import StepReducer, broadcast_module, sum_over_ranks, synchronise_batch_norms
 from pipeline.training.ema import EMA
+from pipeline.training.fold import FoldedShadow
 from pipeline.training.job import TrainJob
 from pipeline.training.methods import Method, build_method
 from pipeline.training.model_io import ModelMeta
-from pipeline.training.network import Forward, build_network, shadow
+from pipeline.training.network import Forward, build_network, forward_flops, shadow
 from pipeline.training.optim import build_optimizer, schedule_factor
 from pipeline.training.precision import resolve_compile, resolve_precision
 from pipeline.training.progress import Progress
@@ -45,7 +47,8 @@ class Run:
     trained: Forward
     """The network in training, in the training's precision."""
     attacked: Forward
-    """Its shadow, for the attack."""
+    """Its shadow, for the attack; `folded` keeps it up to date where its batch norms are folded."""
+    folded: FoldedShadow | None
     judged: Forward
     """Shadow of the network that is validated and kept, in float32."""
     reduce: StepReducer
@@ -140,8 +143,12 @@ def open_run(
     state = _restored(checkpoints, context, model, optimizer, ema)
     loader, val_loader = _loaders(job, context, prepared)
     compiled = resolve_compile(config.compile, device, config.epochs * len(loader))
-    precision = resolve_precision(config.precision, device)
-    bn = config.method.attack.bn if hasattr(config.method, "attack") else getattr(config.method, "bn", "eval")
+    side = prepared.image_size
+    probe = torch.rand((2, prepared.channels, side, side), generator=torch.Generator().manual_seed(0)).to(device)
+    precision = resolve_precision(config.precision, device, forward_flops(model, probe))
+    folded = None
+    if _attack_bn(config) == "eval":
+        folded = FoldedShadow(model, probe, torch.bfloat16 if precision == "bf16" else torch.float32)
     return Run(
         job=job,
         context=context,
@@ -156,13 +163,25 @@ def open_run(
         state=state,
         checkpoints=checkpoints,
         trained=Forward(model, precision, compiled=compiled),
-        attacked=Forward(shadow(model, bn=bn), precision, compiled=compiled),
+        attacked=Forward(folded or shadow(model, bn="train"), precision, compiled=compiled),
+        folded=folded,
         judged=Forward(shadow(model if ema is None else ema.model), "fp32"),
         reduce=StepReducer(model, [p for g in optimizer.param_groups for p in g["params"]], context.world_size),
         method=build_method(config, collapsed=state.collapsed),
         bank=bank,
         frozen_digest=ActivationBank.from_model(model).digest if bank else None,
     )
+
+
+def _attack_bn(config: TrainingConfig) -> str:
+    """Mode of batch norms in the training attack, also in the one that follows a collapse."""
+    match config.method:
+        case StandardConfig():
+            return "eval"
+        case FGSMRSConfig(bn=bn, fallback=fallback):
+            return "eval" if (bn, fallback.bn) == ("eval", "eval") else "train"
+        case method:
+            return method.attack.bn
 
 
 def _loaders(job: TrainJob, context: Context, prepared: PreparedData) -> tuple[Loader, Loader]:

@@ -340,7 +340,7 @@ def test_every_epoch_is_reported_and_journaled(make_job):
 
 def test_flops_are_those_of_the_passes(make_job):
     """(2 K + 3) forward passes over the batch; a forward's operations are twice its multiplications."""
-    from pipeline.training.floor import forward_flops
+    from pipeline.training.network import forward_flops
 
     job = make_job(epochs=1)
     model = build_model("resnet8", activation="relu", in_channels=1, width=4)

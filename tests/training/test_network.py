@@ -6,7 +6,7 @@ from torch import nn
 
 from pipeline.training.attacks import pgd
 from pipeline.training.network import Forward, shadow
-from pipeline.training.precision import COMPILE_STEPS, resolve_compile, resolve_precision
+from pipeline.training.precision import BF16_FLOPS, COMPILE_STEPS, resolve_compile, resolve_precision
 from sparta_models import ACTIVATIONS, ActivationBank, build_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -75,19 +75,25 @@ def test_logits_and_gradients_are_float32(precision):
 
 
 def test_settings_other_than_auto_are_taken_at_their_word():
-    assert resolve_precision("bf16", CPU) == "bf16"
-    assert resolve_precision("fp32", CPU) == "fp32"
+    assert resolve_precision("bf16", CPU, 1) == "bf16"
+    assert resolve_precision("fp32", CPU, 1e9) == "fp32"
     assert resolve_compile("on", CPU, 1)
     assert not resolve_compile("off", GPU, 10**6)
 
 
 def test_auto_decides_by_what_the_device_has(monkeypatch):
-    for amx in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert resolve_precision("auto", CPU) == ("bf16" if amx else "fp32")
+    for amx, avx, flops, expected in (
+        (True, False, 2 * BF16_FLOPS, "bf16"),
+        (False, True, 2 * BF16_FLOPS, "bf16"),
+        (True, True, BF16_FLOPS / 2, "fp32"),
+        (False, False, 2 * BF16_FLOPS, "fp32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx: has)
+        assert resolve_precision("auto", CPU, flops) == expected
     for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert resolve_precision("auto", GPU) == expected
+        assert resolve_precision("auto", GPU, 1) == expected
     assert resolve_compile("auto", GPU, COMPILE_STEPS)
     assert not resolve_compile("auto", GPU, COMPILE_STEPS - 1)
 
