@@ -1,8 +1,8 @@
 """Throughput, memory and first-batch latency of the loaders: `python benchmarks/loader.py [--quick]` prints tables.
 
-Every figure is from a process of its own, bound to as many cores as it has workers. Small images: 50,000 of 32 x 32 with
-pad-crop and flip, batch 512, from cifar10.npz in SPARTA_DATA (repeated) or random. Photographs: 2,000 JPEG of about
-500 x 400, random resized crop to 224 and flip, batch 64. Large: a file of 2 GB, images of 128 x 128, batch 128.
+Every figure is from a process of its own, bound to as many cores as it has workers. Small images: 50,000 of 32 x 32
+with pad-crop and flip, batch 512, from cifar10.npz in SPARTA_DATA (repeated) or random. Photographs: 2,000 JPEG of
+about 500 x 400, random resized crop to 224 and flip, batch 64. Large: a file of 2 GB, images of 128 x 128, batch 128.
 """
 
 import argparse
@@ -221,9 +221,8 @@ def report(place: Path, cache: Path, repeats: int) -> None:
 
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, {cores} cores, load {load:.1f}, median of {repeats}\n"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{versions}, {cores} cores, load {load:.1f} at the start, median of {repeats}\n")
     cold = run(str(place), SMALL, "ffcv", "1", cache=cache)["first"]
     for what, loaders in LOADERS.items():
         print(f"| {what} | workers | images/s | peak MiB | first batch s |\n|---|---|---|---|---|")

@@ -6,16 +6,24 @@ from pathlib import Path
 from pipeline.data.errors import DataError
 
 
+def as_url(location: str | Path) -> str | None:
+    """The fsspec URL that a location is, or None; a `Path` has lost slashes of its URL, which come back."""
+    scheme, separator, rest = str(location).partition(":/")
+    if not separator or len(scheme) < 2 or "/" in scheme:
+        return None
+    return f"{scheme}:///{rest.lstrip('/')}" if scheme == "file" else f"{scheme}://{rest.lstrip('/')}"
+
+
 def resolve_path(location: str, key: str) -> Path:
     """The local path of a file or folder the user named in the setting `key`.
 
     Raises:
         DataError: nothing is there; names the places that were looked at.
     """
-    if "://" in location:
+    if url := as_url(location):
         from pipeline.data.remote import fetch_file
 
-        return fetch_file(location)
+        return fetch_file(url)
     path = Path(location).expanduser()
     tried = [path.absolute()]
     base = os.environ.get("SPARTA_DATA")

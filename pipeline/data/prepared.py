@@ -14,6 +14,7 @@ from pipeline.config.data import AugmentConfig, LoaderName
 from pipeline.data.errors import DataError
 from pipeline.data.loader import Loader
 from pipeline.data.order import Order
+from pipeline.data.paths import as_url
 from pipeline.data.readers import open_reader
 from pipeline.data.sidecar import Sidecar, check_file, file_sha256, read_sidecar
 
@@ -76,10 +77,10 @@ class PreparedData(Section):
         Raises:
             DataError: there is none, or it is not readable.
         """
-        if "://" in str(directory):
+        if url := as_url(directory):
             from pipeline.data.remote import fetch_prepared
 
-            directory = fetch_prepared(str(directory))
+            directory = fetch_prepared(url)
         directory = Path(directory)
         try:
             prepared = cls.model_validate(json.loads((directory / RECORD_NAME).read_text()))

@@ -3,6 +3,7 @@
 import shutil
 import threading
 import uuid
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -11,6 +12,7 @@ from data_sets import write_npz
 
 from pipeline.config.data import DataConfig
 from pipeline.data import DataError, PreparedData, open_split, prepare
+from pipeline.data.paths import as_url
 from pipeline.data.remote import copy_to_node, fetch_file, publish
 from pipeline.data.sidecar import sidecar_path
 
@@ -35,6 +37,16 @@ def _own_cache(monkeypatch, tmp_path):
 def train_images(prepared):
     with open_split(prepared, "train", batch_size=1000) as loader:
         return next(iter(loader))[0]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a/b", "gs://bucket", "file:///a/b"])
+def test_a_url_is_known_even_after_it_was_a_path(url):
+    assert as_url(url) == as_url(Path(url)) == url
+
+
+@pytest.mark.parametrize("path", ["a/b", "/a/b", "C:/a", "./odd/name:/x"])
+def test_a_path_is_no_url(path):
+    assert as_url(path) is None
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
@@ -71,7 +83,7 @@ def test_prepared_data_are_read_from_the_mirror_on_a_node_that_has_nothing(rgb_c
     shutil.rmtree(here.directory)
     with pytest.raises(DataError, match=r"for several nodes use a shared folder, or set data\.mirror"):
         PreparedData.load(here.directory)
-    there = PreparedData.load(bucket)
+    there = PreparedData.load(Path(bucket))
     assert there.digest == here.digest
     assert torch.equal(train_images(there), images)
     assert PreparedData.load(bucket).directory == there.directory
