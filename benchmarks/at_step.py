@@ -1,7 +1,8 @@
 """Speed of an adversarial training step against its arithmetic floor and against a textbook loop, in one run.
 
     python benchmarks/at_step.py [--networks resnet8 resnet18] [--methods pgd_at trades fgsm_rs] [--variants ...]
-                                 [--steps 10] [--rounds 5] [--activation sparta] [--device cpu|cuda] [--json FILE]
+                                 [--steps 10] [--rounds 5] [--activation sparta] [--device cpu|cuda]
+                                 [--clock wall|cpu] [--threads N] [--json FILE]
 
 Every variant makes one step per round, in turn, so that a change of the machine's load meets all of them; the table
 takes the median over rounds of the time, and of the ratios within a round.
@@ -106,18 +107,21 @@ def our_run(prepared: PreparedData, network: str, method, variant: str, batch: i
     return open_run(job, Context(device=torch.device(options.device)), prepared, None, "benchmark")
 
 
-def timed(work: Callable[[], object], device: str) -> float:
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def timed(work: Callable[[], object], options: argparse.Namespace) -> float:
+    wait, clock = torch.cuda.synchronize if options.device == "cuda" else lambda: None, CLOCKS[options.clock]
     wait()
-    begin = time.perf_counter()
+    begin = clock()
     work()
     wait()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def contestants(prepared: PreparedData, network: str, name: str, options: argparse.Namespace) -> dict:
     """Name -> a function that makes one step and returns its seconds; warmed up."""
-    batch, method, device = NETWORKS[network][1], method_config(name, options.steps), options.device
+    batch, method = NETWORKS[network][1], method_config(name, options.steps)
     runs = {variant: our_run(prepared, network, method, variant, batch, options) for variant in options.variants}
     any_run = next(iter(runs.values()))
     x, y = (t[:batch] for t in next(iter(any_run.loader)))
@@ -126,14 +130,14 @@ def contestants(prepared: PreparedData, network: str, name: str, options: argpar
         memory_format=torch.contiguous_format
     )
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    found["textbook"] = lambda: timed(lambda: textbook(plain, optimizer, name, options.steps, x, y), device)
+    found["textbook"] = lambda: timed(lambda: textbook(plain, optimizer, name, options.steps, x, y), options)
     fast = x.contiguous(memory_format=torch.channels_last)
     for precision in sorted({run.trained.precision for run in runs.values()} | {"fp32"}):
         found[f"floor {precision}"] = lambda p=precision: floor_seconds(
-            any_run.model, fast, any_run.method.cost, p, repeats=1
+            any_run.model, fast, any_run.method.cost, p, repeats=1, clock=CLOCKS[options.clock]
         )
     for variant, run in runs.items():
-        found[f"ours {variant}"] = lambda r=run: timed(lambda: train_step(r, x, y), device)
+        found[f"ours {variant}"] = lambda r=run: timed(lambda: train_step(r, x, y), options)
     for step in found.values():
         step()
         step()
@@ -180,13 +184,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--activation", default="sparta")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: of the process, for a shared machine")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     amx = torch.cpu._is_amx_tile_supported()
     print(
         f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
         f"{torch.backends.cpu.get_cpu_capability()}, AMX {'yes' if amx else 'no'}, load {os.getloadavg()[0]:.1f}, "
-        f"K = {options.steps}, {options.activation}"
+        f"K = {options.steps}, {options.activation}, {options.clock} time"
     )
     print("| network  | method  | variant            | images/s | x floor | x textbook |\n|---|---|---|---|---|---|")
     rows = []
