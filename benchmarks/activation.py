@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -124,6 +125,8 @@ def _peak(net: str, name: str, dtype: str, threads: int, queue: Any) -> None:
 
 def peak_memory(net: str, name: str, dtype: str, threads: int) -> int:
     """Bytes of resident memory that two PGD steps need above the level before them."""
+    # Without a fixed threshold glibc keeps freed tensors in its heap, and the peak measures its fragmentation.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak, args=(net, name, dtype, threads, queue))
