@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.report import ReportConfig
@@ -16,6 +17,7 @@ from pipeline.training import TrainedModel, load_model
 
 if TYPE_CHECKING:
     from pipeline.stages.train import TrainTask
+    from pipeline.tracking import ChainRun
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,19 @@ def _report(context: StageContext[ReportTask]) -> StageResult:
     report = build_report(inputs, context.directory, task.report)
     # The page holds everything it shows, so a copy at a stable place is whole.
     shutil.copyfile(context.directory / PAGE, context.services.output / PAGE)
-    context.run.artifact(context.directory / PAGE)
+    for path in report.files:
+        context.run.artifact(path)
     return StageResult({"page": PAGE}, sorted(str(path.relative_to(context.directory)) for path in report.files))
+
+
+def _tell_chain(run: "ChainRun", inputs: ReportInputs, directory: Path) -> None:
+    """The page and the headline figures also belong to the chain's own run, where people look first."""
+    run.artifact(directory / PAGE)
+    figures = {}
+    for card in inputs.models:
+        figures[f"{card.label}/clean"] = card.evaluation.clean.value
+        figures[f"{card.label}/robust"] = card.evaluation.union.value
+    run.metrics(figures)
 
 
 def _card(context: StageContext[ReportTask], model: ReportedModel) -> ModelCard:

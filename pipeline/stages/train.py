@@ -117,6 +117,7 @@ def _bank(context: StageContext[TrainTask], key: str) -> tuple[Path, FrozenBank]
     except ConnectionError as error:  # an outage stops no training; the digest is checked wherever the files are from
         _log.warning("%s; %s uses the local files", error, context.key)
         pulled = finished.directory / frozen.directory
+    context.run.activation(frozen.reference)
     context.run.tag({"activation": frozen.reference, "activation_digest": frozen.digest})
     return pulled, frozen
 
