@@ -1,10 +1,10 @@
 """report: every number and picture of the chain on one page."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.artifacts import write_atomic
 from pipeline.config.report import ReportConfig
 from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
@@ -70,9 +70,10 @@ def _report(context: StageContext[ReportTask]) -> StageResult:
     )
     report = build_report(inputs, context.directory, task.report)
     # The page holds everything it shows, so a copy at a stable place is whole.
-    shutil.copyfile(context.directory / PAGE, context.services.output / PAGE)
+    write_atomic(context.services.output / PAGE, report.page.read_text(encoding="utf-8"))
     for path in report.files:
         context.run.artifact(path)
+    _tell_chain(context.services.chain_run, inputs, context.directory)
     return StageResult({"page": PAGE}, sorted(str(path.relative_to(context.directory)) for path in report.files))
 
 

@@ -104,6 +104,7 @@ class Delivery:
             self._params_and_tags,
             self._metrics,
             self._datasets,
+            self._activations,
             self._artifacts,
             self._registrations,
             self._status,
@@ -170,6 +171,15 @@ class Delivery:
             for use in fresh:
                 self._mlflow.set_tag(_id(done), f"{DATA_TAG}{use.context}", f"{use.name} sha256:{use.digest}")
         return done.model_copy(update={"datasets": (*done.datasets, *(f"{use.digest}:{use.context}" for use in fresh))})
+
+    def _activations(self, record: RunRecord, done: Delivered) -> Delivered:
+        from mlflow.entities import LoggedModelInput
+
+        fresh = [reference for reference in record.activations if reference not in done.activations]
+        for reference in fresh:
+            model_id = self.registry.model_id(self.registry.resolve(reference))
+            self._mlflow.log_inputs(_id(done), models=[LoggedModelInput(model_id)])
+        return done.model_copy(update={"activations": (*done.activations, *fresh)})
 
     def _artifacts(self, record: RunRecord, done: Delivered) -> Delivered:
         stamps = dict(done.stamps)

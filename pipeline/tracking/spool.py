@@ -68,6 +68,7 @@ class RunRecord(_Record):
     journals: tuple[str, ...] = ()
     artifacts: tuple[ArtifactFile, ...] = ()
     datasets: tuple[DatasetUse, ...] = ()
+    activations: tuple[str, ...] = ()  # registered versions that the run used
     registrations: tuple[Registration, ...] = ()
 
     @property
@@ -85,6 +86,7 @@ class Delivered(_Record):
     offsets: dict[str, int] = {}  # journal -> bytes sent
     stamps: dict[str, str] = {}  # artifact -> stamp of what was sent
     datasets: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
     versions: dict[str, int] = {}  # digest of a bank -> version in the registry
 
 

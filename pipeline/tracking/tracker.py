@@ -138,6 +138,10 @@ class Run:
         use = DatasetUse(name=name, digest=digest, context=context, source=source, profile=dict(profile or {}))
         self._update(datasets=lambda old: old if use in old else (*old, use))
 
+    def activation(self, reference: str) -> None:
+        """Name a registered activation, NAME/VERSION, as an input of the run: the version's page then links here."""
+        self._update(activations=lambda old: old if reference in old else (*old, reference))
+
     def register(
         self,
         directory: Path,

@@ -152,3 +152,15 @@ def test_a_directory_without_tensors_is_no_bank(registry: Registry, tmp_path: Pa
         registry.register(tmp_path / "empty")
     with pytest.raises(ValueError, match="expected a bank directory"):
         registry.register(tmp_path / "missing")
+
+
+def test_a_run_that_used_a_version_is_linked_to_it(root: Path, config: TrackingConfig, bank: Path, registry: Registry):
+    with Tracker(config, root).chain("demo") as chain:
+        with chain.stage("freeze") as stage:
+            reference = stage.register(bank)
+        assert reference is not None
+        with chain.stage("transfer") as stage:
+            stage.activation(reference)
+    assert stage.run_id is not None
+    inputs = registry.client.get_run(stage.run_id).inputs
+    assert [model.model_id for model in inputs.model_inputs] == [registry.model_id(registry.resolve(reference))]
