@@ -53,7 +53,15 @@ _imdecode = types.ExternalFunction(
     "imdecode", types.int32(_pointer, _u8, _u4, _u4, _pointer, *[_u4] * 6, types.boolean, types.boolean)
 )
 _resize = types.ExternalFunction("resize", types.void(*[_i8] * 11))
-_compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any]
+    try:
+        compiled = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # neither this folder nor the user's cache folder can be written to
+        compiled = numba.njit(nogil=True, error_model="numpy")(function)
+    return compiled
 
 
 @_compiled

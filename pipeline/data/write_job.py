@@ -1,7 +1,11 @@
 """The process that `pipeline.data.apart` starts: `python -m pipeline.data.write_job JOB`."""
 
+import os
 import pickle
+import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -9,8 +13,16 @@ from pipeline.data.apart import NO_FFCV, WriteJob
 from pipeline.data.write import write_split
 
 
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed cannot end this process group: it ends itself."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGTERM)
+
+
 def main() -> int:
     """Run the job that was pickled by our own parent process."""
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     job: WriteJob = pickle.loads(Path(sys.argv[1]).read_bytes())  # noqa: S301
     try:
         from pipeline.data import beton  # noqa: F401, to tell a missing FFCV from any other failure

@@ -112,6 +112,26 @@ def test_damage_is_found_at_opening(rgb, tmp_path, damage, message, verified_bef
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_jpeg_is_an_error_and_not_garbage(photos, tmp_path):
+    from pipeline.data.augment import center_boxes
+    from pipeline.data.readers import open_reader
+
+    path = tmp_path / "train.beton"
+    shutil.copy(photos.path("train"), path)
+    sidecar = read_sidecar(photos.path("train"))
+    reader = open_reader(path, sidecar)
+    start, size, boxes = int(reader._starts[3]), int(reader._sizes[3]), center_boxes(reader.shapes)
+    reader.close()
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(size))
+    reader = open_reader(path, sidecar)
+    with pytest.raises(DataError, match="image 3 does not decode"):
+        reader.read(np.array([1, 3, 2]), boxes[[1, 3, 2]])
+    assert reader.read(np.array([1, 2]), boxes[[1, 2]]).shape == (2, 48, 48, 3)
+    reader.close()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [(truncate, "truncated"), (alter, "altered"), (lambda path: sidecar_path(path).unlink(), "is missing")],

@@ -87,6 +87,33 @@ def test_a_writer_in_trouble_ends_with_an_error_and_leaves_no_process(tmp_path, 
     assert not shared_memory() - before
 
 
+ORPHAN = """
+import sys
+from pathlib import Path
+from test_data_writing import Sleeping, work
+from pipeline.data.apart import write_apart
+place = Path(sys.argv[1])
+write_apart([work(Sleeping(), place / "train.beton")], place, 600)
+"""
+
+
+def test_a_writer_ends_when_its_parent_is_killed(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    place = tmp_path / "orphan"
+    place.mkdir()
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(place)], env=environment)
+    writer = place / "write.job"
+    while not _processes(writer) or not (place / "train.beton").exists():
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while _processes(writer) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _processes(writer)
+
+
 def _processes(mark):
     """Processes whose command line names the job's folder."""
     found = []
