@@ -67,6 +67,8 @@ def toy_trial(job: TrainJob, context: Context) -> TrainedModel:
     """A training with a known optimum. It resumes from its own file; momentum 0.5 makes it raise, 0.6 die once."""
     state = job.output / "epochs.log"
     first = len(state.read_text().split()) if state.exists() else 0
+    if context.world_size > 1:
+        dist.barrier()  # all ranks have read before one writes
     journal = Journal(job.output / "metrics.jsonl") if context.rank == 0 else None
     for epoch in range(first + 1, job.training.epochs + 1):
         if epoch == 2 and job.training.optimizer.momentum == 0.5:
