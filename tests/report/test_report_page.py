@@ -61,6 +61,12 @@ def test_the_numbers_of_page_and_tables_are_those_of_the_records(report: Report,
     assert ReportInputs.model_validate(stored["inputs"]) == inputs
 
 
+def test_the_audit_tells_failures_and_warnings(report: Report):
+    page = report.page.read_text(encoding="utf-8")
+    assert "source: passed, 1 warning (quick budget" in page
+    assert "wider: failed gate_histogram, 1 warning (quick budget" in page
+
+
 def test_names_are_text_everywhere(tmp_path: Path):
     card = make_card(
         tmp_path,
