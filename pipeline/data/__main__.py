@@ -9,9 +9,9 @@ from PIL import Image
 
 from pipeline.data.augment import center_boxes
 from pipeline.data.errors import DataError
-from pipeline.data.prepared import RECORD_NAME, PreparedData
+from pipeline.data.prepared import PreparedData
 from pipeline.data.readers import Reader, open_reader
-from pipeline.data.sidecar import Sidecar, check_file, read_sidecar
+from pipeline.data.sidecar import RECORD_NAME, Sidecar, check_file, read_sidecar
 
 _COLUMNS, _ROWS = 12, 8
 

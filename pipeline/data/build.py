@@ -14,9 +14,9 @@ from pipeline.config.data import DataConfig
 from pipeline.data.apart import FfcvUnusableError, ffcv_installed, write_apart
 from pipeline.data.errors import DataError, FfcvMissingWarning
 from pipeline.data.paths import resolve_path
-from pipeline.data.prepared import RECORD_NAME, PreparedData, SplitInfo, data_digest
+from pipeline.data.prepared import PreparedData, SplitInfo, data_digest
 from pipeline.data.samples import Samples
-from pipeline.data.sidecar import Sidecar, Storage, read_sidecar, sampled_digest, write_json
+from pipeline.data.sidecar import RECORD_NAME, Sidecar, Storage, read_sidecar, sampled_digest, write_json
 from pipeline.data.sources import Source, open_source
 from pipeline.data.splits import Selection, select
 from pipeline.data.write import SplitRecipe, SplitWork, write_split

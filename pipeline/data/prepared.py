@@ -16,9 +16,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.order import Order
 from pipeline.data.paths import as_url
 from pipeline.data.readers import open_reader
-from pipeline.data.sidecar import Sidecar, check_file, file_sha256, read_sidecar
-
-RECORD_NAME = "prepared.json"
+from pipeline.data.sidecar import RECORD_NAME, Sidecar, check_file, file_sha256, read_sidecar
 
 
 class SplitInfo(Section):

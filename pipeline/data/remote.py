@@ -1,5 +1,6 @@
 """Files that are not on this node's disk: fsspec URLs, and copies made once per node."""
 
+import json
 import shutil
 import tempfile
 from hashlib import sha256
@@ -9,9 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipeline.data.errors import DataError
-from pipeline.data.sidecar import cache_root, check_file, file_sha256, read_sidecar, sidecar_path
-
-_RECORD = "prepared.json"
+from pipeline.data.sidecar import RECORD_NAME, cache_root, check_file, file_sha256, read_sidecar, sidecar_path
 
 
 def fetch_file(url: str) -> Path:
@@ -39,21 +38,19 @@ def fetch_prepared(url: str) -> Path:
     Raises:
         DataError: it cannot be read, or a file did not arrive whole.
     """
-    import json
-
     system, remote = _open_url(url)
-    record = fetch_file(f"{url.rstrip('/')}/{_RECORD}")
+    record = fetch_file(f"{url.rstrip('/')}/{RECORD_NAME}")
     content = record.read_bytes()
     folder = cache_root() / "prepared" / sha256(content).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        if not (folder / _RECORD).exists():
+        if not (folder / RECORD_NAME).exists():
             for split in json.loads(content)["splits"].values():
                 target = folder / split["file"]
                 for place in (sidecar_path(target), target):
                     _download(system, f"{remote.rstrip('/')}/{place.name}", place, url)
                 check_file(target, read_sidecar(target))
-            shutil.copyfile(record, folder / _RECORD)
+            shutil.copyfile(record, folder / RECORD_NAME)
     return folder
 
 
@@ -63,13 +60,11 @@ def publish(directory: Path, url: str) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    import json
-
     system, remote = _open_url(url)
-    names = [split["file"] for split in json.loads((directory / _RECORD).read_text())["splits"].values()]
+    names = [split["file"] for split in json.loads((directory / RECORD_NAME).read_text())["splits"].values()]
     try:
         system.makedirs(remote, exist_ok=True)
-        for name in [part for file in names for part in (file, f"{file}.json")] + [_RECORD]:
+        for name in [part for file in names for part in (file, f"{file}.json")] + [RECORD_NAME]:
             if not _is_there(system, f"{remote.rstrip('/')}/{name}", directory / name):
                 system.put_file(str(directory / name), f"{remote.rstrip('/')}/{name}")
     except (OSError, ValueError) as error:

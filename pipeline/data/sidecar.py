@@ -13,6 +13,8 @@ from pipeline.config.base import Section
 from pipeline.data.errors import DataError
 
 FORMAT_VERSION = 1
+RECORD_NAME = "prepared.json"
+"""File name of the record of prepared data, beside the splits."""
 Storage = Literal["raw", "jpeg"]
 _BLOCK, _NUM_BLOCKS = 4096, 64
 _REBUILD = "rebuild it: delete the folder and run the prepare stage again (python -m pipeline.run --until prepare)"

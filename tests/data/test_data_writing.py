@@ -157,6 +157,14 @@ def test_what_was_not_written_as_read_is_refused(tmp_path):
     assert not (tmp_path / "x.npz.json").exists()
 
 
+def test_kernels_compile_where_no_cache_can_be_written():
+    from pipeline.data import beton
+
+    scope = {}
+    exec("def double(x): return 2 * x", scope)  # numba finds no file to keep the cache of such a function beside
+    assert beton._compiled(scope["double"])(21) == 42
+
+
 CHECK = """
 import sys, threading
 import torch
