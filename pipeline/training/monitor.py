@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pipeline.data import Loader
 from pipeline.training.floor import floor_seconds
-from pipeline.training.network import forward_flops
 from pipeline.training.reporter import Reporter
 from pipeline.training.run import Run
 
@@ -28,7 +27,6 @@ class Monitor:
         self._log, self._close = _journal(run)
         self._elapsed, self._busy, self._waited, self._saved, self._steps = 0.0, 0.0, 0.0, 0.0, 0
         self._floor: float | None = None
-        self.flops_per_step = 0.0
 
     def __enter__(self) -> Self:
         self.reporter.__enter__()
@@ -63,8 +61,6 @@ class Monitor:
 
     def _measure(self, x: Tensor) -> None:
         run = self.run
-        per_image, batch = forward_flops(run.model, x), run.job.training.batch_size
-        self.flops_per_step = per_image * batch * run.method.cost.forward_equivalents
         self._floor = floor_seconds(run.model, x, run.method.cost, run.trained.precision)
 
     def step(self, seconds: float) -> None:
@@ -84,15 +80,23 @@ class Monitor:
     def times(self) -> dict[str, float]:
         """Speed of the epoch: of its steps, and the shares of the loader's wait and of all that is neither step nor
         validation: waits, display, journal, checkpoints."""
-        elapsed = max(self._elapsed + self._saved, 1e-9)
-        metrics = {"loader_wait_share": self._waited / elapsed, "overhead_share": 1 - self._busy / elapsed}
-        if self._steps:
-            metrics["step_ms"] = 1000 * self._busy / self._steps
-            metrics["images_per_second"] = self._steps * self.run.job.training.batch_size / self._busy
-            metrics["flops_per_step"] = self.flops_per_step
-        if self.share_of_floor is not None:
-            metrics["share_of_floor"] = self.share_of_floor
-        return metrics
+        if not self._steps:
+            return {}
+        elapsed = self._elapsed + self._saved
+        metrics = {
+            "loader_wait_share": self._waited / elapsed,
+            "overhead_share": 1 - self._busy / elapsed,
+            "step_ms": 1000 * self._busy / self._steps,
+            "images_per_second": self._steps * self.run.job.training.batch_size / self._busy,
+            "flops_per_step": self.flops_per_step,
+        }
+        return metrics if self.share_of_floor is None else {**metrics, "share_of_floor": self.share_of_floor}
+
+    @property
+    def flops_per_step(self) -> float:
+        """Floating-point operations of a step over the joint batch."""
+        run = self.run
+        return run.forward_flops * run.job.training.batch_size * run.method.cost.forward_equivalents
 
     @property
     def share_of_floor(self) -> float | None:

@@ -54,6 +54,8 @@ class Run:
     reduce: StepReducer
     method: Method
     bank: ActivationBank | None
+    forward_flops: float
+    """Floating-point operations of a forward pass over one image."""
     frozen_digest: str | None
     """Digest of the network's activations before the training, where they are frozen."""
 
@@ -145,7 +147,8 @@ def open_run(
     compiled = resolve_compile(config.compile, device, config.epochs * len(loader))
     side = prepared.image_size
     probe = torch.rand((2, prepared.channels, side, side), generator=torch.Generator().manual_seed(0)).to(device)
-    precision = resolve_precision(config.precision, device, forward_flops(model, probe))
+    flops = forward_flops(model, probe)
+    precision = resolve_precision(config.precision, device, flops)
     folded = None
     if _attack_bn(config) == "eval":
         folded = FoldedShadow(model, probe, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -169,6 +172,7 @@ def open_run(
         reduce=StepReducer(model, [p for g in optimizer.param_groups for p in g["params"]], context.world_size),
         method=build_method(config, collapsed=state.collapsed),
         bank=bank,
+        forward_flops=flops,
         frozen_digest=ActivationBank.from_model(model).digest if bank else None,
     )
 
@@ -177,7 +181,7 @@ def _attack_bn(config: TrainingConfig) -> str:
     """Mode of batch norms in the training attack, also in the one that follows a collapse."""
     match config.method:
         case StandardConfig():
-            return "eval"
+            return "none"
         case FGSMRSConfig(bn=bn, fallback=fallback):
             return "eval" if (bn, fallback.bn) == ("eval", "eval") else "train"
         case method:

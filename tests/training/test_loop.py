@@ -265,6 +265,16 @@ def fake_accuracies(monkeypatch, values):
     monkeypatch.setattr(epoch_module, "validate", lambda *args, **kwargs: (0.9, next(accuracies)))
 
 
+def test_stopped_after_the_last_step_of_an_epoch_only_the_validation_is_left(make_job):
+    asked = iter([False] * 5 + [True])
+    job = make_job()
+    with pytest.raises(TrainingStopped, match="after step 6"):
+        train(job, replace(Context(), stop_requested=lambda: next(asked)))
+    trained = train(job, Context())
+    assert outcome(trained) == outcome(train(make_job("whole"), Context()))
+    assert trained.flops_per_step > 0
+
+
 def test_early_stopping_ends_after_its_patience(make_job, monkeypatch):
     fake_accuracies(monkeypatch, [0.3, 0.5, 0.45, 0.4, 0.9])
     trained = train(make_job(epochs=5, early_stopping=EarlyStoppingConfig(patience=2)), Context())
