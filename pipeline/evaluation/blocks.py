@@ -27,11 +27,16 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode, and every submodule back into the mode it was in."""
+    """Put `model` into eval mode and convolutions into full float32, then every submodule back into its own mode.
+
+    TF32, the default of CUDA convolutions, makes an image's logits depend on its batch in the third digit.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    cudnn = torch.backends.cudnn
     try:
-        yield
+        with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -17,7 +17,7 @@ from pipeline.config.evaluation import (
 )
 from pipeline.evaluation import Evaluation, evaluate, evaluate_shard, merge
 from pipeline.evaluation.attacks import run_attack
-from pipeline.evaluation.blocks import load_arrays
+from pipeline.evaluation.blocks import evaluating, load_arrays
 
 CONFIG = EvaluationConfig(
     threat=ThreatModel(eps=0.1),
@@ -185,6 +185,14 @@ def test_evaluation_leaves_model_and_random_state_alone(robust, prepared, tmp_pa
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_convolutions_are_judged_in_full_float32():
+    cudnn = torch.backends.cudnn
+    before = (cudnn.allow_tf32, cudnn.deterministic)
+    with evaluating(nn.Identity()):
+        assert (cudnn.allow_tf32, cudnn.deterministic) == (False, True)
+    assert (cudnn.allow_tf32, cudnn.deterministic) == before
 
 
 def test_a_second_call_does_no_work_twice(robust, prepared, tmp_path, monkeypatch):
