@@ -1,9 +1,10 @@
 """From the command line to a checked ChainConfig: preset or file, `key.path=value` overrides, one readable error."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -11,6 +12,18 @@ from pydantic_core import ErrorDetails
 
 from pipeline.config.base import Section
 from pipeline.config.chain import ChainConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: `true` and `false` alone. In YAML 1.1 `compile: off` would read as `compile: false`."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "demo"
@@ -43,7 +56,7 @@ def read(source: str) -> dict[str, Any]:
             + _close(source, preset_names())
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -59,7 +72,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
         if not separator or not key:
             raise ConfigError(f"expected key.path=value, got {override!r}")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
         result = _set(result, key.split("."), value, key)

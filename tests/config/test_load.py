@@ -33,6 +33,15 @@ def test_override_replaces_one_value_and_reads_fractions() -> None:
     assert config.training.epochs == load_config("demo").training.epochs
 
 
+def test_on_and_off_are_words_and_true_is_a_boolean(tmp_path: Path) -> None:
+    config = load_config("demo", ["training.compile=off", "evaluation.audit.budget=off", "search.enabled=true"])
+    assert (config.training.compile, config.evaluation.audit.budget, config.search.enabled) == ("off", "off", True)
+    path = tmp_path / "mine.yaml"
+    path.write_text("training: {compile: on}\ntracking: {enabled: False}\n")
+    config = load_config(str(path))
+    assert (config.training.compile, config.tracking.enabled) == ("on", False)
+
+
 def test_override_can_bring_a_whole_section() -> None:
     config = load_config("demo", ["training.method={kind: trades, beta: 3}"])
     assert config.training.method.kind == "trades"
