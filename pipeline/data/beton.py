@@ -43,8 +43,9 @@ Integers = npt.NDArray[np.int64]
 
 _AGAIN = "delete the folder and prepare again"
 _PAGE = 1 << 23
-_DROP_AFTER = 128 << 20
-"""Bytes read after which mapped pages are given back: they stay in the page cache, resident memory stays bounded."""
+_SMALL_FILE, _MAPPED, _AROUND = 200 << 20, 64 << 20, 128 << 10
+"""Of a file above the first size, pages are given back after about so many mapped bytes: the page cache keeps them, and
+resident memory stays bounded. The kernel maps neighbours with every image: the third is what they add on average."""
 
 # Named as symbols, not through ctypes pointers, so that numba may keep the compiled code on disk.
 binding.load_library_permanently(ffcv.libffcv.ffcv._libffcv.__file__)
@@ -205,7 +206,7 @@ class BetonReader:
             bad = _decode(self._data, self._starts[indices], sizes, shapes, boxes, scratch, out)
             if bad >= 0:
                 raise DataError(f"image {indices[bad]} does not decode; {_AGAIN}")
-        self._give_back(int(self._sizes[indices].sum()))
+        self._give_back(int(self._sizes[indices].sum()) + len(indices) * _AROUND)
         return out
 
     def stored(self, index: int) -> Pixels:
@@ -215,7 +216,7 @@ class BetonReader:
 
     def _give_back(self, num_bytes: int) -> None:
         self._unreturned += num_bytes
-        if self._unreturned > _DROP_AFTER:
+        if self._unreturned > _MAPPED and len(self._map) > _SMALL_FILE:
             self._unreturned = 0
             self._map.madvise(mmap.MADV_DONTNEED)
 
