@@ -7,9 +7,15 @@ sub-directory, no name that leads out of the directory.
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+    from mlflow.models import Model
 
 SUFFIXES = (".safetensors", ".json")
 MLMODEL = "MLmodel"
+FLAVOUR = "sparta_models"
 _MAX_FILES = 64
 
 
@@ -53,3 +59,21 @@ def verify(directory: Path, expected: str, origin: str) -> None:
         raise ValueError(
             f"expected the files of {origin} to have digest {expected}, got {found}; they were altered, do not use them"
         )
+
+
+def mlmodel(model: "LoggedModel", files: dict[str, str], digest: str, run_id: str | None) -> "Model":
+    """The MLmodel beside the files of a bank: our flavour, their digests, float32 (B, C, H, W) in and out."""
+    import numpy as np
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    tensor = TensorSpec(np.dtype(np.float32), (-1, -1, -1, -1))
+    signature = ModelSignature(inputs=Schema([tensor]), outputs=Schema([tensor]))
+    record = Model(
+        artifact_path=model.artifact_location,
+        run_id=run_id,
+        model_uuid=model.model_id,
+        model_id=model.model_id,
+        signature=signature,
+    )
+    return record.add_flavor(FLAVOUR, format=1, digest=digest, files=files)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-FLAVOUR = "sparta_models"
 _ALIAS = re.compile(r"^(?!latest$|v\d+$)[A-Za-z][\w-]{0,99}$")
 _REFERENCE = re.compile(r"^(?P<name>[^/:@\s]+)(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))$")
 _SOURCE = re.compile(r"^models:/(m-[0-9a-f]{32})$")
@@ -208,7 +207,7 @@ class Registry:
             for name in files:
                 shutil.copyfile(directory / name, Path(scratch) / name)
             bank_files.verify(Path(scratch), digest, str(directory))
-            _mlmodel(model, files, digest, run_id).save(str(Path(scratch) / bank_files.MLMODEL))
+            bank_files.mlmodel(model, files, digest, run_id).save(str(Path(scratch) / bank_files.MLMODEL))
             self.client.log_model_artifacts(model.model_id, scratch)
         self.client.finalize_logged_model(model.model_id, "READY")
         if run_id:
@@ -280,23 +279,6 @@ class Registry:
         self.client  # noqa: B018  connects, and migrates, before the lock is taken
         with FileLock(f"{path}.registry.lock") if path else nullcontext():
             yield
-
-
-def _mlmodel(model: Any, files: dict[str, str], digest: str, run_id: str | None) -> Any:
-    import numpy as np
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    tensor = TensorSpec(np.dtype(np.float32), (-1, -1, -1, -1))
-    signature = ModelSignature(inputs=Schema([tensor]), outputs=Schema([tensor]))
-    record = Model(
-        artifact_path=model.artifact_location,
-        run_id=run_id,
-        model_uuid=model.model_id,
-        model_id=model.model_id,
-        signature=signature,
-    )
-    return record.add_flavor(FLAVOUR, format=1, digest=digest, files=files)
 
 
 def _check_alias(alias: str | None) -> None:

