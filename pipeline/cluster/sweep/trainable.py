@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts import canonical, write_atomic
 from pipeline.cluster.launch import run_jobs
 from pipeline.cluster.outcome import done, failed
 from pipeline.cluster.sweep.adopt import adopt
@@ -35,6 +36,11 @@ class Sweep:
     train: Train
 
     @property
+    def storage(self) -> Path:
+        """Where Ray keeps its files while the sweep runs."""
+        return self.root / "ray" / self.run
+
+    @property
     def perturbs(self) -> bool:
         """Whether trials take over checkpoints from each other."""
         return self.base.search.scheduler == "pbt"
@@ -58,7 +64,7 @@ def run_trial(settings: Mapping[str, Any], sweep: Sweep) -> None:
     An error of the trial's own settles it as failed. What may come from outside, such as the death of a worker, is
     raised: Tune runs the trial again, and it goes on from its last checkpoint.
     """
-    trial = Trial.model_validate(settings["trial"]).with_values(settings["values"])
+    trial = _own_trial(settings, sweep).with_values(settings["values"])
     job = sweep.job(trial)
     with _own_log(job.output):
         _take_over(job, sweep)
@@ -68,6 +74,16 @@ def run_trial(settings: Mapping[str, Any], sweep: Sweep) -> None:
             )
         else:
             _train_here(job, sweep)
+
+
+def _own_trial(settings: Mapping[str, Any], sweep: Sweep) -> Trial:
+    """The trial that this process runs; the settings of a copy of another trial name the other one."""
+    from ray import tune
+
+    path = sweep.storage / "own" / f"{tune.get_context().get_trial_id()}.json"
+    if not path.exists():
+        write_atomic(path, canonical(settings["trial"]))
+    return Trial.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 def _train_here(job: TrainJob, sweep: Sweep) -> None:

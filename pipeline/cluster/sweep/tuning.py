@@ -29,7 +29,6 @@ def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
     capacity = preflight(sweep.scaling)
     # A population is there from the start; otherwise every trial is chosen when there is room for it.
     population = _population(board) if sweep.perturbs else None
-    storage = sweep.root / "ray"
     tuner = tune.Tuner(
         tune.with_resources(lambda settings: run_trial(settings, sweep), _resources(sweep, capacity)),
         param_space=population,
@@ -45,14 +44,14 @@ def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
         ),
         run_config=tune.RunConfig(
             name=f"sparta-{sweep.run}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(storage.resolve()),
+            storage_path=str(sweep.storage.resolve()),
             failure_config=tune.FailureConfig(max_failures=sweep.scaling.max_failures),
             callbacks=[_callback(board)],
             verbose=0,
         ),
     )
     tuner.fit()
-    shutil.rmtree(storage, ignore_errors=True)
+    shutil.rmtree(sweep.root / "ray", ignore_errors=True)
 
 
 def _set_environment() -> None:
@@ -84,7 +83,7 @@ def _population(board: Board) -> dict[str, Any]:
         trials.append(trial)
     return {
         "trial": tune.grid_search([trial.model_dump(mode="json") for trial in trials]),
-        "values": tune.sample_from(lambda spec: dict(spec.config["trial"]["legs"][-1]["values"])),
+        "values": tune.sample_from(lambda settings: dict(settings["trial"]["legs"][-1]["values"])),
     }
 
 
@@ -130,25 +129,28 @@ def _callback(board: Board) -> Any:
 
         def __init__(self, board: Board) -> None:
             self.board = board
+            # By Tune's name of a trial, because a copy of another trial also gets the other one's settings.
+            self.numbers: dict[str, int] = {}
 
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.board.started(trial.config["trial"]["number"], trial.config["values"])
+            number = self.numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
+            self.board.started(number, trial.config["values"])
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
         ) -> None:
             point = Point(epoch=result["epoch"], robust=result["robust"], clean=result["clean"])
-            self.board.reported(trial.config["trial"]["number"], point)
+            self.board.reported(self.numbers[trial.trial_id], point)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.board.ended(trial.config["trial"]["number"])
+            self.board.ended(self.numbers[trial.trial_id])
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             cause = trial.get_error() or "the trial's process died"
-            self.board.ended(trial.config["trial"]["number"], error=" ".join(str(cause).split())[-500:])
+            self.board.ended(self.numbers[trial.trial_id], error=" ".join(str(cause).split())[-500:])
 
     return Books(board)
 
