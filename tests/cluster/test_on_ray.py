@@ -223,14 +223,14 @@ def test_population_based_training_goes_on_from_copied_weights_with_changed_sett
     settings = {
         "search.enabled": True,
         "search.space": str(tmp_path / "space.yaml"),
-        "search.num_trials": 3,
-        "search.epochs": 5,
+        "search.num_trials": 4,
+        "search.epochs": 6,
         "search.scheduler": "pbt",
         "search.algorithm": "random",
     }
     found = search(overlay(config, settings), data=data, output=tmp_path)
     changed = [trial for trial in found.trials if len(trial.legs) > 1]
-    assert changed, "with three trials and five epochs the worst one is replaced at least once"
+    assert changed, "with four trials and six epochs the worst one is replaced at least once"
     for trial in found.trials:
-        assert trial.history[-1].epoch == 5
+        assert trial.history[-1].epoch == 6
         assert [point.epoch for point in trial.history] == sorted({point.epoch for point in trial.history})
