@@ -14,6 +14,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include <array>
 #include <cstring>
 #include <optional>
@@ -50,11 +54,15 @@ inline void store(T* p, vf v, int n) {
   if constexpr (std::is_same_v<T, float>) {
     std::memcpy(p, &v, (Full ? L : n) * sizeof(float));
   } else {
+#ifdef __AVX512BF16__
+    vh out = (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
     // Round to nearest even; a NaN keeps a bit of its mantissa.
     vu bits = (vu)v;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vu nan = (vu)(v != v);
     vh out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vh);
+#endif
     std::memcpy(p, &out, (Full ? L : n) * sizeof(uint16_t));
   }
 }
