@@ -43,7 +43,7 @@ Integers = npt.NDArray[np.int64]
 
 _AGAIN = "delete the folder and prepare again"
 _PAGE = 1 << 23
-_SMALL_FILE, _MAPPED, _AROUND = 200 << 20, 64 << 20, 128 << 10
+_SMALL_FILE, _MAPPED, _AROUND = 200 << 20, 32 << 20, 128 << 10
 """Of a file above the first size, pages are given back after about so many mapped bytes: the page cache keeps them, and
 resident memory stays bounded. The kernel maps neighbours with every image: the third is what they add on average."""
 
