@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from pipeline.config.training import FGSMRSConfig
 from pipeline.training.context import Context
+from pipeline.training.errors import FrozenChangedError
 from pipeline.training.files import DamagedFilesError, write_text
 from pipeline.training.job import EpochRecord, TrainedModel, TrainJob
 from pipeline.training.model_io import load_model, model_sha256, save_model
@@ -114,7 +115,7 @@ def finish(run: Run, monitor: Monitor) -> TrainedModel:
     model = load_model(run.checkpoints.best(run.state.best_epoch))
     digest = ActivationBank.from_model(model).digest
     if run.frozen_digest is not None and not (digest == run.frozen_digest == _live_digest(run)):
-        raise RuntimeError(
+        raise FrozenChangedError(
             f"the frozen activations changed in training: digest {run.frozen_digest} before, {digest} after"
         )
     if run.context.rank == 0:

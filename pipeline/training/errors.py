@@ -11,3 +11,7 @@ class NonFiniteLossError(ArithmeticError):
 
 class OutOfMemoryError(MemoryError):
     """The device has no room for a training step; the message says which settings to turn."""
+
+
+class FrozenChangedError(AssertionError):
+    """Activations that were frozen are not what they were before the training: a defect, never the user's fault."""

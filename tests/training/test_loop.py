@@ -33,6 +33,7 @@ from pipeline.training import (
 )
 from pipeline.training import epoch as epoch_module
 from pipeline.training import loop as loop_module
+from pipeline.training.errors import FrozenChangedError
 from pipeline.training.files import read_directory
 from pipeline.training.methods import Terms
 from sparta_models import ActivationBank, build_model
@@ -204,7 +205,7 @@ def test_a_frozen_activation_that_changed_is_found(make_job, tmp_path, monkeypat
         return real(run, x, y)
 
     monkeypatch.setattr(loop_module, "train_step", leaking)
-    with pytest.raises(RuntimeError, match="the frozen activations changed in training"):
+    with pytest.raises(FrozenChangedError, match="the frozen activations changed in training"):
         train(make_job(bank=tmp_path / "bank", epochs=1), Context())
 
 
