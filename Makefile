@@ -6,11 +6,12 @@ PY := .venv/bin/python
 demo: setup            ## the whole chain on embedded real data
 	@$(PY) -m pipeline.run
 
-test: setup-dev lint   ## lint, types and every test
-	@$(PY) -m pytest -q
+test: setup-dev lint   ## lint, types and every test; those that start a Ray one after the other, the rest side by side
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray" -n auto --dist loadfile
+	@$(PY) -m pytest -q -m ray
 
 check: setup-dev lint  ## lint, types and the quick tests
-	@$(PY) -m pytest -q -m "not ray and not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not slow and not gpu" -n auto --dist loadfile
 
 lint: setup-dev        ## ruff and mypy (strict)
 	@$(PY) -m ruff check .

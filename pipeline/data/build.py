@@ -201,7 +201,7 @@ def _record(  # noqa: PLR0917
     contents = {split: sidecar.content for split, sidecar in sidecars.items()}
     digest = data_digest(class_names=class_names, storage=train.storage, quality=config.jpeg_quality, contents=contents)
     return PreparedData(
-        name=source.name,
+        name=source.name if config.classes is None else f"{source.name} {_listed(class_names)}",
         num_classes=len(class_names),
         class_names=class_names,
         channels=train.channels,
@@ -224,3 +224,8 @@ def _record(  # noqa: PLR0917
         node_cache=config.node_cache,
         request=request,
     )
+
+
+def _listed(class_names: tuple[str, ...]) -> str:
+    """A subset of the classes, in words short enough for a table: "5, 6, 7, 8, 9"."""
+    return ", ".join(class_names) if len(class_names) <= 6 else f"{len(class_names)} classes"
