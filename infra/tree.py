@@ -1,4 +1,4 @@
-"""Write the tree of the README from the first sentence of every module, so that it cannot go stale (a test compares)."""
+"""Write the tree of the README from the first sentence of every module; a test compares, so it cannot go stale."""
 
 import ast
 import re

@@ -55,22 +55,32 @@ def write_apart(splits: Sequence[SplitWork], folder: Path, timeout: float) -> No
         FfcvUnusableError: FFCV does not import there.
     """
     job = WriteJob(tuple(splits), folder / "write.error")
-    place, log = folder / "write.job", folder / "write.log"
-    place.write_bytes(pickle.dumps(job))
+    log = folder / "write.log"
     with log.open("wb") as output:
         child = subprocess.Popen(  # noqa: S603, our own module and file
-            [sys.executable, "-m", "pipeline.data.write_job", str(place)],
+            [sys.executable, "-m", "pipeline.data.write_job", str(job.error)],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=None if sys.stderr.isatty() else output,
             start_new_session=True,  # so that FFCV's own workers end with it
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
         )
     try:
+        _hand_over(child, job)
         _wait(child, job, log, time.monotonic() + timeout)
     finally:
         _end(child)
-        place.unlink()
         log.unlink()
+
+
+def _hand_over(child: "subprocess.Popen[bytes]", job: WriteJob) -> None:
+    """Through a pipe between the two processes: nobody else can write what is unpickled there."""
+    assert child.stdin is not None
+    try:
+        with child.stdin as pipe:
+            pickle.dump(job, pipe)
+    except BrokenPipeError:  # it ended at once; its exit code and its log say why
+        return
 
 
 def _wait(child: "subprocess.Popen[bytes]", job: WriteJob, log: Path, deadline: float) -> None:

@@ -227,5 +227,8 @@ def _record(  # noqa: PLR0917
 
 
 def _listed(class_names: tuple[str, ...]) -> str:
-    """A subset of the classes, in words short enough for a table: "5, 6, 7, 8, 9"."""
+    """A subset of the classes, in words short enough for a table: "5-9", "cat, dog"."""
+    first, last = class_names[0], class_names[-1]
+    if first.isdigit() and class_names == tuple(str(int(first) + i) for i in range(len(class_names))):
+        return f"{first}-{last}"
     return ", ".join(class_names) if len(class_names) <= 6 else f"{len(class_names)} classes"

@@ -1,4 +1,4 @@
-"""The process that `pipeline.data.apart` starts: `python -m pipeline.data.write_job JOB`."""
+"""The process that `pipeline.data.apart` starts: `python -m pipeline.data.write_job NAME <job`; NAME only marks it."""
 
 import os
 import pickle
@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 
 from pipeline.data.apart import NO_FFCV, WriteJob
 from pipeline.data.write import write_split
@@ -21,9 +20,9 @@ def _end_with_parent(parent: int) -> None:
 
 
 def main() -> int:
-    """Run the job that was pickled by our own parent process."""
+    """Run the job that our own parent process sends through the pipe."""
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    job: WriteJob = pickle.loads(Path(sys.argv[1]).read_bytes())  # noqa: S301
+    job: WriteJob = pickle.load(sys.stdin.buffer)  # noqa: S301 - the parent's end of a pipe
     try:
         from pipeline.data import beton  # noqa: F401, to tell a missing FFCV from any other failure
     except (ImportError, OSError) as error:

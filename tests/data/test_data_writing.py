@@ -102,7 +102,7 @@ def test_a_writer_ends_when_its_parent_is_killed(tmp_path):
     place = tmp_path / "orphan"
     place.mkdir()
     parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(place)], env=environment)
-    writer = place / "write.job"
+    writer = place / "write.error"
     while not _processes(writer) or not (place / "train.beton").exists():
         assert parent.poll() is None
         time.sleep(0.1)

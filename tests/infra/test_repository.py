@@ -79,13 +79,14 @@ def test_imports_go_one_way(package: str, forbidden: tuple[str, ...]) -> None:
     assert backwards == set()
 
 
-def test_nothing_is_unpickled() -> None:
+def test_nothing_is_unpickled_but_what_a_process_gets_from_its_own_parent() -> None:
     pattern = re.compile(r"pickle\.loads?\(|allow_pickle=True|weights_only=False|joblib\.load|dill\.")
     found = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in MODULES
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if pattern.search(line) or ("torch.load(" in line and "weights_only=True" not in line)
+        if (pattern.search(line) and "pickle.load(sys.stdin.buffer)" not in line)
+        or ("torch.load(" in line and "weights_only=True" not in line)
     ]
     assert found == []
 
