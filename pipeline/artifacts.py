@@ -9,7 +9,7 @@ Paths, hosts and times enter neither, so the same work has the same names everyw
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,16 @@ def output_digest(outputs: Mapping[str, FileDigest]) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to a temporary file beside `path`, flush it to disk and rename it: readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Opened by name, not by mkstemp, whose mode 0600 would hide it from other users of a shared filesystem.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
