@@ -1,5 +1,5 @@
 # make demo and make test are all a newcomer needs; each installs what is missing first.
-.PHONY: demo test check lint format ui bench setup setup-dev clean
+.PHONY: demo test test-extended check lint format ui bench setup setup-dev clean
 
 PY := .venv/bin/python
 
@@ -8,12 +8,15 @@ demo: setup            ## the whole chain on embedded real data
 
 # Two Rays on one machine disturb each other: the tests of tests/cluster come after the rest, which starts one at a time.
 # Three workers on two cores, because the one that runs the chain mostly waits.
-test: setup-dev lint   ## lint, types and every test
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray" -n 3 --dist loadfile
+test: setup-dev lint   ## lint, types and the tests, all but test-extended
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not extended" -n 3 --dist loadfile
 	@$(PY) -m pytest -q -m ray
 
+test-extended: setup-dev  ## what waits for Ray's own timers: elastic training over lost and new nodes
+	@$(PY) -m pytest -q -m extended
+
 check: setup-dev lint  ## lint, types and the quick tests
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not chain and not slow and not gpu" -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not chain and not extended and not slow and not gpu" -n auto --dist loadfile
 
 lint: setup-dev        ## ruff and mypy (strict)
 	@$(PY) -m ruff check .

@@ -12,7 +12,7 @@ from pipeline.cluster.launch import run_jobs
 from pipeline.config.scaling import ScalingConfig
 
 pytestmark = [
-    pytest.mark.ray,
+    pytest.mark.extended,
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
