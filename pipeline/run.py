@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(load_config(options.config, options.overrides), options)
     except (ConfigError, DataError, OutputLockedError) as error:
         return _fail(error, BAD_CONFIG)
-    except ClusterTooSmall as error:
+    except (ClusterTooSmall, ConnectionError) as error:
         return _fail(error, CLUSTER_TOO_SMALL)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", INTERRUPTED)

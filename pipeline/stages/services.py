@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.artifacts import canonical, write_atomic
+from pipeline.artifacts import write_atomic
 from pipeline.cluster import ensure_ray, preflight
 from pipeline.config.chain import ChainConfig
 from pipeline.tracking import Registry, StageRun, Tracker
@@ -54,7 +54,6 @@ class Services:
             ConnectionError: when a cluster was named and does not answer.
         """
         if not self._has_ray:
-            preflight(self.config.scaling)
             self._stack.enter_context(ensure_ray(self.config.scaling, dashboard=self.config.search.enabled))
             preflight(self.config.scaling)
             self._has_ray = True
@@ -87,7 +86,3 @@ class Services:
         except ConnectionError as error:
             _log.warning("%s; the report goes without the lineage", error)
             return None
-
-    def snapshot(self) -> None:
-        """Write the configuration in force beside the results."""
-        write_atomic(self.output / "config.json", canonical(self.config.model_dump(mode="json")) + "\n")

@@ -39,11 +39,11 @@ class TrainTask:
 
 
 def train_node(stage: str, branch: str, task: TrainTask) -> Node[TrainTask]:
-    """The node that trains one network. Checkpoint intervals and the kind of loader are not its identity."""
+    """The node that trains one network. How often it writes checkpoints is not its identity."""
     sections = {
         "model": task.model.model_dump(mode="json"),
         "augment": task.augment.model_dump(mode="json"),
-        "training": task.training.model_dump(mode="json", exclude={"checkpoint", "loader"}),
+        "training": task.training.model_dump(mode="json", exclude={"checkpoint"}),
         "seed": task.seed,
         "adapt": task.adapt,
     }
