@@ -4,7 +4,7 @@ amiss."""
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,18 @@ def write_bank(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
 
 
 def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Opened by name, not by mkstemp, whose mode 0600 would hide the bank from other users of a shared filesystem.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if Path(temporary).read_bytes() != data:
+        if temporary.read_bytes() != data:
             raise OSError(f"{path} was not written as given")
-        Path(temporary).replace(path)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_bank(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

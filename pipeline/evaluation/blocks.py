@@ -6,7 +6,7 @@ not depend on which worker took which block, and an evaluation that was killed g
 
 import hashlib
 import os
-import tempfile
+import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -220,17 +220,18 @@ def diverse(y: npt.NDArray[np.int64], candidates: npt.NDArray[np.int64], count: 
 def save_arrays(path: Path, arrays: Arrays) -> None:
     """Write an .npz to a temporary name, read it back, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Opened by name, not by mkstemp, whose mode 0600 would hide it from other users of a shared filesystem.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
             file.flush()
             os.fsync(file.fileno())
-        if load_arrays(Path(name)) is None:
+        if load_arrays(temporary) is None:
             raise OSError(f"{path} could not be read back after writing: is the disk full?")
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from pipeline.config.evaluation import (
 )
 from pipeline.evaluation import Evaluation, evaluate, evaluate_shard, merge
 from pipeline.evaluation.attacks import run_attack
-from pipeline.evaluation.blocks import evaluating, load_arrays
+from pipeline.evaluation.blocks import evaluating, load_arrays, save_arrays
 
 CONFIG = EvaluationConfig(
     threat=ThreatModel(eps=0.1),
@@ -246,3 +248,13 @@ def test_a_model_without_input_gradient_is_evaluated_and_fails_the_audit(robust,
     result = evaluate(Detached(), prepared, config, tmp_path, seed=0)
     assert result.audit is not None
     assert not result.audit.passed
+
+
+def test_a_block_is_readable_by_whom_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_arrays(tmp_path / "block.npz", {"y": np.arange(3)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "block.npz").stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [tmp_path / "block.npz"]

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -274,6 +276,38 @@ def test_frozen_survives_distributed_data_parallel(frozen, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def _two_frozen_ranks(rank, directory, digests):
+    """Rank 1 begins from other convolutions and sees other images; what DistributedDataParallel broadcasts goes over
+    the frozen values."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    try:
+        for name, digest in digests.items():
+            torch.manual_seed(rank)
+            bank = ActivationBank.load(f"{directory}/{name}")
+            parallel = DistributedDataParallel(bank.apply_to(build_model("resnet8", width=4)))
+            before = parallel.module.conv1.weight.clone()
+            optimizer = torch.optim.SGD(parallel.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
+            for _ in range(2):
+                step(parallel.train(), optimizer)
+            weight = parallel.module.conv1.weight.detach()
+            assert not torch.equal(weight, before)
+            gathered = [torch.empty_like(weight) for _ in range(2)]
+            torch.distributed.all_gather(gathered, weight)
+            assert torch.equal(*gathered)
+            assert ActivationBank.from_model(parallel).digest == digest
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_frozen_banks_keep_their_digest_on_both_of_two_ranks(tmp_path):
+    banks = {name: ActivationBank.from_model(trained(activation=name)) for name in ("sparta", "frelu")}
+    for name, bank in banks.items():
+        bank.save(tmp_path / name)
+    mp.spawn(_two_frozen_ranks, (str(tmp_path), {name: bank.digest for name, bank in banks.items()}), nprocs=2)
+
+
 def test_a_shared_function_trains_under_distributed_data_parallel(tmp_path):
     model = trained(activation={"name": "sparta", "sharing": "stage"})
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -412,6 +446,15 @@ def test_a_failed_write_leaves_the_old_bank(tmp_path, monkeypatch):
         ActivationBank.from_model(trained(seed=3)).save(tmp_path)
     assert ActivationBank.load(tmp_path) == bank
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bank.json", "bank.safetensors"]
+
+
+def test_a_bank_is_readable_by_whom_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        ActivationBank.from_model(trained()).save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
 
 
 def test_a_network_without_sites_has_no_bank():
