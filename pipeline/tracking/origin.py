@@ -16,9 +16,16 @@ def origin_tags() -> dict[str, str]:
     return tags
 
 
-@cache
 def git_commit() -> str | None:
-    """The commit of the source that runs, with "-dirty" when files were changed; None outside a repository."""
+    """The commit of the source that runs, with "-dirty" when files were changed; None outside a repository.
+
+    Ray gives a job a copy of the working directory without its .git: there SPARTA_GIT_COMMIT says it.
+    """
+    return os.environ.get("SPARTA_GIT_COMMIT") or _commit_of_checkout()
+
+
+@cache
+def _commit_of_checkout() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None  # noqa: S603

@@ -10,6 +10,7 @@ from mlflow.entities import Run
 from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking import Journal, Tracker
 from pipeline.tracking.client import open_client
+from pipeline.tracking.origin import origin_tags
 
 
 def runs(root: Path) -> dict[str, Run]:
@@ -236,3 +237,10 @@ def test_credentials_of_the_environment_are_not_written_down(tmp_path: Path, mon
     for path in tmp_path.rglob("*"):
         assert "hunter2" not in str(path)
         assert path.is_dir() or b"hunter2" not in path.read_bytes()
+
+
+def test_a_copy_without_its_repository_is_told_the_commit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPARTA_GIT_COMMIT", "0123abc-dirty")
+    assert origin_tags()["mlflow.source.git.commit"] == "0123abc-dirty"
+    monkeypatch.setenv("SPARTA_GIT_COMMIT", "")
+    assert origin_tags().get("mlflow.source.git.commit") != "0123abc-dirty"
