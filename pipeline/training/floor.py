@@ -1,27 +1,29 @@
 """The arithmetic floor of a training step: what the bare network costs, counted and timed alone."""
 
-import copy
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.training.methods import Cost
-from pipeline.training.network import Forward, shadow
+from pipeline.training.network import Forward
 
 
 def floor_seconds(
-    model: nn.Module,
+    attacked: Forward,
+    trained: Forward,
     x: Tensor,
     cost: Cost,
-    precision: str,
     *,
-    repeats: int = 3,
+    repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Time of a step's passes over the batch x, each timed alone on copies of the network: the least of `repeats`."""
-    attacked, trained = Forward(shadow(model), precision), Forward(copy.deepcopy(model), precision)
+    """Time of a step's passes over the batch x, each timed alone: the median of `repeats`, after one to warm up.
+
+    attacked: the network that attacks differentiate. trained: a copy of the network in training; its statistics move.
+    """
     weights = [p for p in trained.parameters() if p.requires_grad]
 
     def forward() -> None:
@@ -36,10 +38,10 @@ def floor_seconds(
         torch.autograd.grad(trained(x).logsumexp(1).sum(), weights)
 
     parts = ((to_input, cost.attack_steps), (forward, cost.forwards), (to_weights, cost.batches))
-    return sum(count * _least(part, x.device, repeats, clock) for part, count in parts if count)
+    return sum(count * _median(part, x.device, repeats, clock) for part, count in parts if count)
 
 
-def _least(part: Callable[[], None], device: torch.device, repeats: int, clock: Callable[[], float]) -> float:
+def _median(part: Callable[[], None], device: torch.device, repeats: int, clock: Callable[[], float]) -> float:
     times = []
     for _ in range(repeats + 1):  # the first one warms up
         _wait(device)
@@ -47,7 +49,7 @@ def _least(part: Callable[[], None], device: torch.device, repeats: int, clock: 
         part()
         _wait(device)
         times.append(clock() - begin)
-    return min(times[1:])
+    return statistics.median(times[1:])
 
 
 def _wait(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,6 +80,8 @@ def train_step(run: Run, x: Tensor, y: Tensor) -> bool:
     with run.perturbed_weights(x, x_adv, y):
         terms = run.method.terms(run.trained, x, x_adv, y)
         torch.autograd.backward(terms.loss.sum())
+    if terms.clean is None:
+        terms = replace(terms, clean=run.clean_look(x))
     counts = run.reduce(_counts(terms, y, stop=context.stop_requested()))
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
     *sums, stops, grad_norm = torch.cat((counts, norm[None])).tolist()  # the step's one wait for the device

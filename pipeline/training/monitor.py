@@ -1,15 +1,18 @@
 """What a training tells: the display, the journal, and where its time goes."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from pipeline.data import Loader
 from pipeline.training.floor import floor_seconds
+from pipeline.training.network import Forward
 from pipeline.training.reporter import Reporter
 from pipeline.training.run import Run
 
@@ -60,8 +63,11 @@ class Monitor:
         self._saved += time.perf_counter() - begin
 
     def _measure(self, x: Tensor) -> None:
+        """On the very network that the steps attack, folded and compiled as they have it; the full pass is eager."""
         run = self.run
-        self._floor = floor_seconds(run.model, x, run.method.cost, run.trained.precision)
+        trained = Forward(copy.deepcopy(run.model), run.trained.precision)
+        x = x.contiguous(memory_format=torch.channels_last)
+        self._floor = floor_seconds(run.attacked, trained, x, run.method.cost)
 
     def step(self, seconds: float) -> None:
         """Take in a step that was done."""

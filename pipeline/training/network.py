@@ -6,6 +6,7 @@ modes or running statistics of the network in training, and the backward pass of
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -74,18 +75,33 @@ def shadow(model: nn.Module, *, bn: str = "eval") -> nn.Module:
 
 
 class Forward(nn.Module):
-    """A network in a precision: images (B, C, H, W) of any float type -> float32 logits (B, num_classes)."""
+    """A network in a precision: images (B, C, H, W) of any float type -> float32 logits (B, num_classes).
+
+    Compiled, a CUDA device replays it as graphs, one for every batch size that comes (two in a training: the full batch
+    and the last of an epoch).
+    """
 
     def __init__(self, network: nn.Module, precision: str, *, compiled: bool = False) -> None:
         super().__init__()
-        self.network = torch.compile(network) if compiled else network
-        self.precision = precision
-        self.training = network.training
+        self.network, self.precision, self.training = network, precision, network.training
+        self._call: Callable[[Tensor], Tensor] = network
+        self.replays = compiled and any(p.is_cuda for p in network.parameters())
+        if compiled:
+            self._call = torch.compile(network, dynamic=False, mode="reduce-overhead" if self.replays else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, in bfloat16 arithmetic where it is safe if the precision is bf16."""
+        z = self._run(self._call, x)
+        return z.clone() if self.replays else z  # the next replay writes into the same memory
+
+    @torch.no_grad()
+    def look(self, x: Tensor) -> Tensor:
+        """Logits without a graph and without compilation, for the odd look in between."""
+        return self._run(self.network, x)
+
+    def _run(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            z: Tensor = self.network(x)
+            z = call(x)
         return z.float()
 
 

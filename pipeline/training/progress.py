@@ -9,8 +9,8 @@ from pipeline.training.job import EpochRecord
 
 
 class Sums(BaseModel):
-    """Sums over examples. `robust` of `robust_count` and `clean` of `clean_count` were right; the counts stay 0 where
-    the method does not compute those logits anyway."""
+    """Sums over examples. `robust` of `robust_count` and `clean` of `clean_count` were right: `clean_count` is a sample
+    where the method does not train on clean images, `robust_count` is 0 where it does not attack."""
 
     count: float = 0
     loss: float = 0

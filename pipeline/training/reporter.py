@@ -71,5 +71,5 @@ class Reporter:
 
 
 def percent(accuracy: float | None) -> str:
-    """An accuracy in %, or dashes where the method does not compute it."""
+    """An accuracy in %, or dashes where there is none."""
     return "   -- " if accuracy is None else f"{100 * accuracy:5.1f}%"

@@ -18,10 +18,12 @@ from pipeline.config.training import (
     MARTConfig,
     MixConfig,
     OptimizerConfig,
+    PGDATConfig,
     SelectionConfig,
     StandardConfig,
     TRADESConfig,
 )
+from pipeline.data import open_split
 from pipeline.training import (
     Context,
     NonFiniteLossError,
@@ -33,9 +35,11 @@ from pipeline.training import (
 )
 from pipeline.training import epoch as epoch_module
 from pipeline.training import loop as loop_module
+from pipeline.training import run as run_module
 from pipeline.training.errors import FrozenChangedError
 from pipeline.training.files import read_directory
 from pipeline.training.methods import Terms
+from pipeline.training.network import Forward, build_network
 from sparta_models import ActivationBank, build_model
 
 RICH = {
@@ -347,6 +351,32 @@ def test_every_epoch_is_reported_and_journaled(make_job):
     expected |= {"images_per_second", "flops_per_step", "share_of_floor", "loader_wait_share", "overhead_share"}
     assert expected <= journal[0][1].keys() & reports[0][0].keys()
     assert not (job.output / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("method", [PGDATConfig(attack=AttackConfig(steps=1)), FGSMRSConfig()])
+def test_clean_accuracy_of_adversarial_training_is_that_of_the_network_before_the_step(method, make_job, digits):
+    """All images in one batch, one step: the look at the clean ones is at the initial network."""
+    job = make_job(epochs=1, batch_size=90, method=method)
+    record = train(job, Context()).history[0]
+    model, _ = build_network(job, digits, None)
+    with open_split(digits, "train", batch_size=90) as loader:
+        x, y = next(iter(loader))
+    with torch.no_grad():
+        right = model.eval()(x).argmax(1) == y
+    assert record.train_clean == right.double().mean().item()
+    assert record.train_robust is not None
+
+
+def test_clean_accuracy_is_looked_at_now_and_then(make_job, monkeypatch):
+    looks = []
+    real = Forward.look
+    monkeypatch.setattr(Forward, "look", lambda self, x: looks.append(len(x)) or real(self, x))
+    monkeypatch.setattr(run_module, "CLEAN_LOOK", 2)
+    train(make_job(), Context())
+    assert looks == [32, 26] * 2  # the first and the third of three batches
+    looks.clear()
+    train(make_job("trades", method=TRADESConfig(attack=AttackConfig(steps=1))), Context())
+    assert looks == []  # it sees the clean images anyway
 
 
 def test_flops_are_those_of_the_passes(make_job):
