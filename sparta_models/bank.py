@@ -144,7 +144,8 @@ class ActivationBank:
             infos = tuple(SiteInfo(**info) for info in meta["sites"])
             entries = _entries(spec, infos, tensors)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{directory}: expected sites and tensors of one activation, got: {error}") from error
+            said = " ".join(str(error).split())
+            raise ValueError(f"{directory}: expected sites and tensors of one activation, got: {said}") from error
         bank = cls(spec, entries, infos, meta["architecture"], meta["source"])
         if bank.digest != meta["digest"]:
             raise ValueError(

@@ -3,13 +3,21 @@
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 class Section(BaseModel):
     """A frozen group of settings. An unknown key is an error, so that a misspelling never passes in silence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception on one line; of pydantic's, every mistake with its place."""
+    if isinstance(error, ValidationError):
+        mistakes = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
+        return " ".join("; ".join(mistakes).split())
+    return " ".join(str(error).split())
 
 
 def parse_fraction(value: Any) -> Any:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.base import Section
+from pipeline.config.base import Section, one_line
 from pipeline.config.chain import ChainConfig
 
 
@@ -49,15 +49,16 @@ def preset_names() -> list[str]:
 def read(source: str) -> dict[str, Any]:
     """The mapping in a preset or a YAML file."""
     path = PRESETS / f"{source}.yaml" if source in preset_names() else Path(source)
-    if not path.is_file():
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, ValueError) as error:  # ValueError: it is not UTF-8
+        raise ConfigError(f"{source!r} cannot be read: {one_line(error)}") from error
+    if text is None:
         raise ConfigError(
             f"expected a preset ({', '.join(preset_names())}) or the path of a YAML file, got {source!r}"
             + _close(source, preset_names())
         )
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = _parse(text, str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"expected a mapping of sections in {path}, got {type(content).__name__}")
     return content
@@ -70,12 +71,15 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"expected key.path=value, got {override!r}")
-        try:
-            value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
-        result = _set(result, key.split("."), value, key)
+        result = _set(result, key.split("."), _parse(text, f"the value of {override!r}"), key)
     return result
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # not all are the parser's: 2001-99-99
+        raise ConfigError(f"{what} is not valid YAML: {one_line(error)}") from error
 
 
 def overlay(config: ChainConfig, values: Mapping[str, Any]) -> ChainConfig:
@@ -91,7 +95,8 @@ def validate(content: Mapping[str, Any]) -> ChainConfig:
     try:
         return ChainConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_explain(detail) for detail in error.errors()))) from error
+        mistakes = "; ".join(dict.fromkeys(_explain(detail) for detail in error.errors()))
+        raise ConfigError(" ".join(mistakes.split())) from error
 
 
 def _set(container: Any, path: Sequence[str], value: Any, key: str) -> Any:

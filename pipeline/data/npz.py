@@ -65,7 +65,7 @@ def npz_source(config: DataConfig) -> Source:
     _check(path, arrays)
     labels = {split: np.asarray(np.load(arrays[f"{split}_labels"])) for split in ("train", "test")}
     if "class_names" in arrays:
-        names = tuple(str(n) for n in np.load(arrays["class_names"]))
+        names = tuple(str(n) for n in np.load(arrays["class_names"]).tolist())
     else:
         names = _numbered(path, labels["train"])
     splits = {}
@@ -93,7 +93,10 @@ def _group_numbers(groups: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 def _names(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    if strange := [name for name in names if not name.isidentifier()]:  # "../x" would leave the folder
+        raise DataError(f"{path}: expected an .npz file with {_LAYOUT}; got an entry called {strange[0]!r}")
+    return names
 
 
 def _unpack(path: Path, name: str, folder: Path) -> Path:
@@ -120,6 +123,8 @@ def _check(path: Path, arrays: dict[str, Path]) -> None:
         shapes[name] = array.shape
         if name.endswith("_images") and (array.dtype != np.uint8 or not _is_image_shape(array.shape)):
             raise DataError(f"{path}: expected {name} uint8 (N, H, W[, 3]), got {array.dtype} {array.shape}")
+        if not name.endswith("_images") and array.ndim != 1:
+            raise DataError(f"{path}: expected {name} to have one dimension, got {array.shape}")
     for first, second in (
         ("train_images", "train_labels"),
         ("test_images", "test_labels"),

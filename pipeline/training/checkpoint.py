@@ -4,6 +4,7 @@ checkpoints/a and checkpoints/b hold the newest two states, best-EPOCH the netwo
 that repeats its last steps after a crash writes the same files again. Tensors are safetensors, the rest is JSON.
 """
 
+import hashlib
 import logging
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from pipeline.artifacts import canonical
+from pipeline.config.base import one_line
 from pipeline.training.ema import EMA
 from pipeline.training.files import DamagedFilesError, read_directory, write_directory
 from pipeline.training.progress import Progress
@@ -44,7 +47,8 @@ class Checkpoints:
     def save(self, groups: Groups, progress: Progress) -> Path:
         """Write the state over the older of the two slots; returns the directory written."""
         slot = self.directory / _SLOTS[self._next]
-        meta = {"fingerprint": self.fingerprint, "progress": progress.model_dump(mode="json")}
+        state = progress.model_dump(mode="json")
+        meta = {"fingerprint": self.fingerprint, "progress": state, "seal": _seal(self.fingerprint, state)}
         write_directory(slot, groups, meta, record=_RECORD)
         self._next = 1 - self._next
         self._referred = (progress.best_epoch, *self._referred[:1])
@@ -74,14 +78,21 @@ class Checkpoints:
             return None
         try:
             groups, meta = read_directory(directory, record=_RECORD)
+            if meta["seal"] != _seal(meta["fingerprint"], meta["progress"]):
+                raise DamagedFilesError(f"{directory / _RECORD} was altered")
             progress = Progress.model_validate(meta["progress"])
         except (DamagedFilesError, ValidationError, KeyError) as error:
-            _log.warning("checkpoint %s is damaged and passed over: %s", directory, error)
+            _log.warning("checkpoint %s is damaged and passed over: %s", directory, one_line(error))
             return None
         if meta["fingerprint"] != self.fingerprint:
             _log.warning("checkpoint %s belongs to other settings and is passed over", directory)
             return None
         return groups, progress
+
+
+def _seal(fingerprint: str, state: Any) -> str:
+    """Digest of what a state's record says; the tensors have their own."""
+    return hashlib.sha256(canonical([fingerprint, state]).encode()).hexdigest()
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> Groups:

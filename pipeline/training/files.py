@@ -72,6 +72,8 @@ def read_directory(directory: Path, *, record: str) -> tuple[dict[str, dict[str,
         meta = json.loads((directory / record).read_text())
         digests: dict[str, str] = meta.pop("sha256")
         for name, expected in digests.items():
+            if Path(name).name != name:
+                raise DamagedFilesError(f"expected plain file names in {directory / record}, got {name!r}")
             if (found := sha256_of(directory / name)) != expected:
                 raise DamagedFilesError(
                     f"expected sha256 {expected} of {directory / name}, got {found}; the file was altered"
@@ -79,7 +81,7 @@ def read_directory(directory: Path, *, record: str) -> tuple[dict[str, dict[str,
         return {Path(name).stem: load_file(directory / name) for name in digests}, meta
     except DamagedFilesError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedFilesError(f"expected a complete directory at {directory}, got {error!r}") from error
 
 

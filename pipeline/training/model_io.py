@@ -7,6 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from pipeline.config.base import one_line
 from pipeline.training.files import DamagedFilesError, read_directory, sha256_of, write_directory
 from sparta_models import Activation, build_model
 
@@ -72,7 +73,7 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> nn.
         model = meta.build()
         model.load_state_dict(tensors[_WEIGHTS])
     except (ValidationError, RuntimeError, KeyError, TypeError) as error:
-        raise DamagedFilesError(f"expected a network of the zoo in {directory}, got {error}") from error
+        raise DamagedFilesError(f"expected a network of the zoo in {directory}, got: {one_line(error)}") from error
     if meta.frozen:
         freeze_activations(model)
     return model.eval().to(device)

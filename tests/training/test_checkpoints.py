@@ -65,7 +65,7 @@ def test_newest_two_are_kept_and_the_newest_is_loaded(tmp_path):
     assert Checkpoints(tmp_path, "job").load()[1].step == 3
 
 
-@pytest.mark.parametrize("damage", ["truncate", "alter", "remove", "record", "empty"])
+@pytest.mark.parametrize("damage", ["truncate", "alter", "remove", "record", "step", "empty"])
 def test_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path, "job")
     for step in (1, 2):
@@ -81,6 +81,9 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path, caplog
             weights.unlink()
         case "record":
             (newest / "state.json").write_text("{")
+        case "step":
+            record = newest / "state.json"
+            record.write_text(record.read_text().replace('"step": 2', '"step": 3'))
         case "empty":
             shutil.rmtree(newest)
             newest.mkdir()
