@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make this checkout runnable: system packages for FFCV, a virtual environment, Python packages. Idempotent.
 #   infra/setup.sh        what the pipeline needs (make demo)
-#   infra/setup.sh dev    also linters, test tools, outside attack libraries and a headless browser (make test)
+#   infra/setup.sh dev    also linters, test tools, outside attack libraries, a headless browser and PostgreSQL (make test)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -46,7 +46,7 @@ apt_install() { # apt_install PACKAGE...: install what is missing; returns 1 whe
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3.11 python3; do
-    [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
+    command -v "${candidate:-none}" >/dev/null || continue
     if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
       command -v "$candidate"
       return
@@ -75,10 +75,10 @@ PYTHONWARNINGS=ignore pip install --quiet -c infra/constraints.txt --no-build-is
 
 # --- FFCV --------------------------------------------------------------------------------------------------------
 # Its build asks pkg-config for the whole of OpenCV but uses core and imgproc only: two development packages (49 MB
-# instead of 684 MB) and a shim that answers for the rest.
+# instead of 684 MB) and a shim that answers for the rest. opencv-python, which it imports, wants libGL and glib.
 light_opencv() {
   local shim="$venv/opencv-shim"
-  apt_install g++ pkg-config libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev || return 1
+  apt_install g++ pkg-config libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev libgl1 libglib2.0-0 || return 1
   mkdir -p "$shim/include/opencv2" "$shim/pkgconfig"
   printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$shim/include/opencv2/opencv.hpp"
   {
@@ -105,6 +105,7 @@ if [ "$profile" = dev ]; then
   # Its metadata pins an old `requests`; the code runs with the current one.
   pip install --quiet --no-deps torchattacks==3.5.1
   apt_install chromium fonts-dejavu-core || warn "no Chromium: the tests that open the report in a browser are skipped"
+  apt_install postgresql || warn "no PostgreSQL: the tests of MLflow on a database server are skipped"
 fi
 
 echo "$wanted" >"$stamp.new" && mv "$stamp.new" "$stamp"
