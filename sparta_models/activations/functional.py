@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparta_models.kernels import kernel
+from sparta_models.activations.fused import alias, for_kernel, gradients, kernel_for, layout, needed
 
-_KERNEL_TYPES = (torch.float32, torch.bfloat16)
 _Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -33,7 +32,7 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
     # Tracers see the operators, which they can export and fuse in their own ways.
     if torch.compiler.is_compiling():
         return reference(x, weight, bias, dilation)
-    return _DepthwiseGate.apply(x, _alias(weight), None if bias is None else _alias(bias), dilation)  # type: ignore[no-any-return]
+    return _DepthwiseGate.apply(x, alias(weight), alias(bias), dilation)  # type: ignore[no-any-return]
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
@@ -44,10 +43,11 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1)
 class _DepthwiseGate(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-        if not _fits(x, weight, dilation):
+        operators = kernel_for(x, weight, dilation)
+        if operators is None:
             return reference(x, weight, bias, dilation)
-        y: Tensor = _operators().gate_forward(*_for_kernel(x, weight, bias))
-        return y.contiguous(memory_format=_layout(x))
+        y: Tensor = operators.gate_forward(*for_kernel(x, weight, bias))
+        return y.contiguous(memory_format=layout(x))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
@@ -56,45 +56,24 @@ class _DepthwiseGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], _needed(ctx, 1), _needed(ctx, 2)]
+        inputs = x, weight, bias = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], needed(ctx, 1), needed(ctx, 2)]
         if torch.is_grad_enabled():
-            return *_differentiable(grads[0], inputs, needs, ctx.dilation), None
-        if _fits(inputs[0], inputs[1], ctx.dilation):
-            return *_by_kernel(grads[0], inputs, needs), None
-        return *_by_operators(grads[0], inputs, needs, ctx.dilation), None
+            # With a graph of their own, for second derivatives.
+            y = reference(x, weight, bias, ctx.dilation)
+            return *gradients(y, grads[0], inputs, needs, create_graph=True), None
+        operators = kernel_for(x, weight, ctx.dilation)
+        if operators is None:
+            return *_by_operators(grads[0], inputs, needs, ctx.dilation), None
+        return *_by_kernel(operators, grads[0], inputs, needs), None
 
 
-def _alias(parameter: Tensor) -> Tensor:
-    """Stand between a parameter and the function, because the engine tells `_needed` nothing about leaves."""
-    return parameter.view_as(parameter)
-
-
-def _needed(ctx: Any, index: int) -> bool:
-    """Whether this backward pass uses the gradient of a parameter.
-
-    needs_input_grad says only that it can have one; autograd.grad(loss, x) with learnable weights doesn't use theirs.
-    """
-    if not ctx.needs_input_grad[index]:
-        return False
-    return bool(torch._C._will_engine_execute_node(ctx.next_functions[index][0]))
-
-
-def _differentiable(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: int) -> list[Tensor | None]:
-    """Gradients with a graph of their own, for second derivatives."""
-    y = reference(*inputs, dilation)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(found) if need else None for need in needs]
-
-
-def _by_kernel(dy: Tensor, inputs: _Inputs, needs: Sequence[bool]) -> list[Tensor | None]:
+def _by_kernel(operators: Any, dy: Tensor, inputs: _Inputs, needs: Sequence[bool]) -> list[Tensor | None]:
     x, weight, bias = inputs
     weights = needs[1] or needs[2]
-    xk, wk, bk = _for_kernel(x, weight, bias)
     dyk = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    dx, sums = _operators().gate_backward(dyk, xk, wk, bk, weights)
-    dx = dx.contiguous(memory_format=_layout(x))
+    dx, sums = operators.gate_backward(dyk, *for_kernel(x, weight, bias), weights)
+    dx = dx.contiguous(memory_format=layout(x))
     if not weights:
         return [dx, None, None]
     sums = sums.sum(0).to(weight.dtype)  # (10, C): nine taps and the bias
@@ -129,30 +108,3 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1)
             dilation=dilation,
             groups=x.shape[1],
         )
-
-
-def _fits(x: Tensor, weight: Tensor, dilation: int) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in _KERNEL_TYPES
-        and weight.shape[-1] == 3
-        and dilation == 1
-        and x.numel() > 0
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and kernel() is not None
-    )
-
-
-def _operators() -> Any:
-    return kernel()
-
-
-def _for_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    b = None if bias is None else bias.detach().float().contiguous()
-    taps = weight.detach().float().flatten(1).t().contiguous()  # (9, C)
-    return x.detach().contiguous(memory_format=torch.channels_last), taps, b
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparta_models.activations.attention import attention_gate
+from sparta_models.activations.attention import logits as attention_logits
 from sparta_models.activations.functional import correlate, depthwise_gate
 
 
@@ -62,9 +64,11 @@ class AttentionGate(CorrelationGate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return g(x), (B, C, H, W)."""
-        maps = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)  # (B, 2, H, W)
-        padding = self.dilation * (self.pooled.shape[-1] // 2)
-        return super().forward(x) + F.conv2d(maps, self.pooled, padding=padding, dilation=self.dilation)
+        return attention_logits(x, self.weight, self.pooled, self.bias, self.dilation)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return y = x sigmoid(g(x)), (B, C, H, W)."""
+        return attention_gate(x, self.weight, self.pooled, self.bias, self.dilation)
 
     def flops(self, num_channels: int, height: int, width: int) -> int:
         """FLOPs of `activate` for one image."""

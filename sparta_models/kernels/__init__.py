@@ -1,10 +1,10 @@
-"""The compiled kernel of the depthwise gate: built at first use by the machine's own C++ compiler, kept in a cache.
+"""The compiled kernels of the gates: built at first use by the machine's own C++ compiler, kept in a cache.
 
 Nothing here runs at import. Where no compiler is found, or SPARTA_KERNEL=off is set, the operators of torch take over,
 with the same results; `kernel_status()` says which of the two it is, and why.
 
 Cache: $SPARTA_CACHE, else $XDG_CACHE_HOME/sparta_models, else ~/.cache/sparta_models. A file's name holds the digest of
-source, torch version, flags, compiler and processor.
+sources, torch version, flags, compiler and processor.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ from types import ModuleType
 
 import torch
 
-_SOURCE = Path(__file__).with_name("gate.cpp")
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 
 
@@ -67,7 +68,8 @@ def _built(compiler: str) -> Path:
 
 def _key(compiler: str) -> str:
     version = _run(compiler, "--version")
-    parts = [_SOURCE.read_bytes(), torch.__version__.encode(), " ".join(_FLAGS).encode(), version, _processor()]
+    code = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
+    parts = [*code, torch.__version__.encode(), " ".join(_FLAGS).encode(), version, _processor()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -96,7 +98,13 @@ def _compile(compiler: str, library: Path) -> None:
     torch_directory = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
         out = Path(temporary) / library.name
-        paths = [f"-I{torch_directory / 'include'}", str(_SOURCE), "-o", str(out), f"-L{torch_directory / 'lib'}"]
+        paths = [
+            f"-I{torch_directory / 'include'}",
+            *map(str, _SOURCES),
+            "-o",
+            str(out),
+            f"-L{torch_directory / 'lib'}",
+        ]
         _run(compiler, *_FLAGS, *paths, "-lc10", "-ltorch_cpu")
         out.replace(library)
 

@@ -155,7 +155,7 @@ def test_gradients_of_weights_are_not_computed_for_an_attack_or_a_frozen_bank(fr
             asked.append(args[-1])
             return operators.gate_backward(*args)
 
-    monkeypatch.setattr("sparta_models.activations.functional.kernel", lambda: Spy)
+    monkeypatch.setattr("sparta_models.activations.fused.kernel", lambda: Spy)
     sparta = Sparta(16)
     if frozen:
         sparta.freeze()
