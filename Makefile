@@ -1,5 +1,5 @@
 # make demo and make test are all a newcomer needs; each installs what is missing first.
-.PHONY: demo test test-extended check lint format ui bench setup setup-dev clean
+.PHONY: demo test test-extended check lint format study study-quick ui bench setup setup-dev clean
 
 PY := .venv/bin/python
 
@@ -12,7 +12,7 @@ test: setup-dev lint   ## lint, types and the tests, all but test-extended
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not extended" -n 3 --dist loadfile
 	@$(PY) -m pytest -q -m ray
 
-test-extended: setup-dev  ## what waits for Ray's own timers: elastic training over lost and new nodes
+test-extended: setup-dev  ## minutes of waiting: for Ray's own timers (elastic training), for torch.compile
 	@$(PY) -m pytest -q -m extended
 
 check: setup-dev lint  ## lint, types and the quick tests
@@ -26,6 +26,13 @@ lint: setup-dev        ## ruff and mypy (strict)
 format: setup-dev      ## rewrite in the house format
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+
+# The tables and pictures of a study are copied to where the documentation quotes them.
+study: setup           ## the evidence: every activation, every seed (SPARTA_DATA names the folder with the images); days on 2 cores
+	@$(PY) -m pipeline.run study && mkdir -p results && cp runs/study/report/study/$$(cat runs/study/report/study/current.txt)/* results/
+
+study-quick: setup     ## the same tables on embedded digits, in minutes
+	@$(PY) -m pipeline.run study_quick
 
 ui: setup              ## the MLflow UI over what was made, on 127.0.0.1:5000
 	@infra/ui.sh

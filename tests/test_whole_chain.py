@@ -136,3 +136,13 @@ def test_search_finds_settings_that_the_later_stages_use(tmp_path: Path) -> None
     for key, value in overrides.items():
         if key.startswith("training.method.attack."):
             assert training["method"]["attack"][key.rpartition(".")[2]] == value
+
+
+def test_study_compares_activations_over_seeds(tmp_path: Path) -> None:
+    study = "study={seeds: [0, 1], contenders: [{name: silu, activation: {name: silu}}]}"
+    ended = run(tmp_path, study, "training.epochs=1", "model.options.width=4", "scaling.num_workers=1")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "| silu | silu | shared, independent | 2 |" in ended.stdout
+    assert "frozen minus control, robust:" in ended.stdout
+    (page,) = (tmp_path / "small" / "report" / "study").glob("*/study.html")
+    assert "adversarial training" in page.read_text()

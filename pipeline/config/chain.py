@@ -11,6 +11,7 @@ from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelCon
 from pipeline.config.report import ReportConfig
 from pipeline.config.scaling import ScalingConfig
 from pipeline.config.search import SearchConfig
+from pipeline.config.study import StudyConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.training import TrainingConfig
 
@@ -53,6 +54,8 @@ class ChainConfig(Section):
     """Adversarial training of the source, and of the targets that do not bring their own."""
     transfer: tuple[TransferTarget, ...] = ()
     """Where the frozen activation is taken to."""
+    study: StudyConfig | None = None
+    """Repeat everything over seeds and beside more activations; None: one chain, one seed."""
     search: SearchConfig = SearchConfig()
     """Hyperparameter search before the training; off by default."""
     evaluation: EvaluationConfig = EvaluationConfig()

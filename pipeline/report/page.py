@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from pipeline.config.report import ReportConfig
 from pipeline.evaluation.stats import Accuracy
 from pipeline.report import charts, facts
 from pipeline.report.charts import in_pixel_steps
+from pipeline.report.environment import environment
 from pipeline.report.gates import responses
 from pipeline.report.inputs import ModelCard, ReportInputs
 from pipeline.report.pictures import Gallery, gallery, write_sheet
@@ -125,16 +126,10 @@ def _responses(
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pipeline.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=_percent, signed=_signed, big=_big, threat=_threat)
-    environment.globals.update(icons=_ICONS, check_of=_check_of)
-    return environment
+    templates = environment()
+    templates.filters.update(percent=_percent, signed=_signed, big=_big, threat=_threat)
+    templates.globals.update(icons=_ICONS, check_of=_check_of)
+    return templates
 
 
 def _percent(accuracy: Accuracy | None) -> str:

@@ -39,9 +39,9 @@ class FreezeTask:
     """The threat model it was trained against, in words."""
 
 
-def freeze_node(task: FreezeTask) -> Node[FreezeTask]:
+def freeze_node(task: FreezeTask, branch: str = "bank") -> Node[FreezeTask]:
     """The node that freezes and registers the source's activation."""
-    return Node("freeze", "bank", task, {"threat": task.threat}, run_freeze, (task.model, task.data))
+    return Node("freeze", branch, task, {"threat": task.threat}, run_freeze, (task.model, task.data))
 
 
 def _freeze(context: StageContext[FreezeTask]) -> StageResult:

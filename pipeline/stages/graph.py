@@ -17,6 +17,7 @@ from pipeline.stages.node import Finished, Node
 from pipeline.stages.prepare import PrepareTask, prepare_node
 from pipeline.stages.report import ReportedModel, ReportTask, report_node
 from pipeline.stages.search import SearchTask, TunedConfig, search_node
+from pipeline.stages.study import study_nodes
 from pipeline.stages.train import TrainTask, train_node
 
 STAGES = ("prepare", "search", "pretrain", "freeze", "transfer", "evaluate", "report")
@@ -46,7 +47,9 @@ def tuned(config: ChainConfig, done: Mapping[str, Finished]) -> ChainConfig:
 
 
 def tail(config: ChainConfig) -> list[Node[Any]]:
-    """The nodes after the search."""
+    """The nodes after the search; those of a study instead, where one is configured."""
+    if config.study is not None:
+        return study_nodes(config, config.study)
     models = reported_models(config)
     pretrain = [_train(model) for model in models if model.target == _SOURCE_NAME]
     transfer = [_train(model) for model in models if model.target != _SOURCE_NAME]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.config.chain import ChainConfig
 from pipeline.evaluation.records import Evaluation
+from pipeline.report.study_page import MARKDOWN
 from pipeline.stages.graph import reported_models
 from pipeline.stages.node import Finished
 from pipeline.stages.report import ReportedModel
@@ -15,14 +16,19 @@ _COLUMNS = ("model", "role", "network", "activation", "data", "clean %", "robust
 
 def closing_lines(config: ChainConfig, output: Path, done: Mapping[str, Finished], failed: Mapping[str, str]) -> str:
     """The table of all evaluated models, the failures, and the paths of the report and the MLflow UI."""
-    rows = [_row(model, done) for model in reported_models(config) if model.evaluation in done]
+    models = reported_models(config) if config.study is None else ()
+    rows = [_row(model, done) for model in models if model.evaluation in done]
     lines: list[str] = []
+    if study := done.get("report:study"):
+        lines += ["", (study.directory / MARKDOWN).read_text(encoding="utf-8").rstrip()]
     if rows:
         threat = config.evaluation.threat
         lines += ["", *_table([_COLUMNS, *rows]), f"robust: per-example worst case over all attacks, {threat.label}"]
     if failed:
         lines += ["", f"{len(failed)} not done:", *(f"  {key}: {reason}" for key, reason in failed.items())]
     lines.append("")
+    if study:
+        lines.append(f"study      {study.directory}")
     if "report:page" in done:
         lines.append(f"report     {output / REPORT}")
     lines.append(f"results    {output}")

@@ -1,0 +1,126 @@
+"""A study's results as files: study.json (everything), results.csv, results.md, charts, and one HTML page."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from pipeline.artifacts import write_atomic
+from pipeline.report.charts import Chart, draw
+from pipeline.report.environment import environment
+from pipeline.report.study import Comparison, Mean, Study
+from pipeline.report.theme import CONTROL, MUTED, OURS
+from sparta_models import ACTIVATIONS
+
+RECORD, CSV, MARKDOWN, PAGE = "study.json", "results.csv", "results.md", "study.html"
+
+
+def write_study(study: Study, output: Path, *, dpi: int = 150) -> list[Path]:
+    """Write all files into `output` and return them."""
+    output.mkdir(parents=True, exist_ok=True)
+    charts = [_chart(study, group, number, output, dpi) for number, group in enumerate(study.groups)]
+    tables = {group: _rows(study, group) for group in study.groups}
+    facts = {"study": study, "sentence": sentence, "tables": tables, "columns": COLUMNS, "charts": charts}
+    page = environment().get_template("study.html").render(facts)
+    write_atomic(output / RECORD, study.model_dump_json(indent=1) + "\n")
+    write_atomic(output / CSV, _csv(study))
+    write_atomic(output / MARKDOWN, markdown(study))
+    write_atomic(output / PAGE, page)
+    return [output / name for name in (RECORD, CSV, MARKDOWN, PAGE, *(f"{chart.name}.png" for chart in charts))]
+
+
+COLUMNS = ("contender", "activation", "cell", "seeds", "clean %", "robust %", "parameters", "training PFLOP", "audit")
+
+
+def _rows(study: Study, group: str) -> list[tuple[str, ...]]:
+    """The group's table, best robust accuracy first."""
+    names = study.contenders(group)
+    names.sort(key=lambda name: -study.mean(group, name, "robust").value)
+    return [_row(study, group, name) for name in names]
+
+
+def _row(study: Study, group: str, name: str) -> tuple[str, ...]:
+    entries = study.of(group, name)
+    first = entries[0]
+    cell = ACTIVATIONS[first.activation].cell
+    failed = [entry.audit for entry in entries if entry.audit not in ("passed", "off")]
+    return (
+        name,
+        first.activation + (" (frozen)" if first.frozen_digest else ""),
+        f"{cell.spatial}, {cell.dependence}",
+        str(len(entries)),
+        interval(study.mean(group, name, "clean")),
+        interval(study.mean(group, name, "robust")),
+        f"{first.num_parameters:,}",
+        f"{first.training_flops / 1e15:.2f}",
+        "; ".join(failed) or first.audit,
+    )
+
+
+def markdown(study: Study) -> str:
+    """Tables and comparisons as Markdown; the same text for the same study."""
+    lines = [f"Robust: {study.threat}. Brackets: 95 % t interval over seeds.", ""]
+    for group in study.groups:
+        lines += [f"### {group}", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+        lines += ["| " + " | ".join(row) + " |" for row in _rows(study, group)]
+        lines += ["", *(f"- {sentence(comparison)}" for comparison in study.comparisons(group)), ""]
+    return "\n".join(lines)
+
+
+def sentence(comparison: Comparison) -> str:
+    """A comparison in words."""
+    verdict = "clear over seeds" if comparison.clear else "not clear over seeds"
+    gain = interval(comparison.over_seeds, signed=True)
+    return (
+        f"{comparison.a} minus {comparison.b}, {comparison.what}: {gain} points, "
+        f"{verdict} ({comparison.over_seeds.num_seeds}); over images p = {comparison.p_images:.2g}"
+    )
+
+
+def interval(mean: Mean, *, signed: bool = False) -> str:
+    """Percent with its interval."""
+    form = "+.1f" if signed else ".1f"
+    if mean.num_seeds < 2:
+        return format(100 * mean.value, form)
+    return f"{100 * mean.value:{form}} [{100 * mean.low:{form}}, {100 * mean.high:{form}}]"
+
+
+def _csv(study: Study) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    rows = list(_records(study))
+    writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)
+    return text.getvalue()
+
+
+def _records(study: Study) -> Iterator[dict[str, object]]:
+    for entry in study.entries:
+        record = entry.model_dump(exclude={"clean", "robust", "attacks", "correct_clean", "correct_robust"})
+        yield record | {"n": entry.robust.n, "clean": entry.clean.value, "robust": entry.robust.value}
+
+
+def _chart(study: Study, group: str, number: int, output: Path, dpi: int) -> Chart:
+    def paint(axes: Axes) -> None:
+        for name in study.contenders(group):
+            entries = study.of(group, name)
+            colour = {"main": OURS, "control": CONTROL, "other": MUTED}[entries[0].role]
+            clean, robust = ([entry.accuracy(what).value for entry in entries] for what in ("clean", "robust"))
+            axes.scatter(clean, robust, s=14, color=colour, alpha=0.5, linewidths=0)
+            at = (_mean(clean), _mean(robust))
+            axes.plot(*at, "o", color=colour, markersize=8)
+            axes.annotate(name, at, xytext=(6, 4), textcoords="offset points", fontsize=9, color=colour)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.margins(0.15)
+        axes.set_xlabel("clean accuracy (large dot: mean over seeds)")
+        axes.set_ylabel("robust accuracy")
+
+    return draw(f"study-{number}", group, paint, output, dpi=dpi, size=(5.6, 4.2))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,204 @@
+"""A study as nodes: every network of every seed, the main activation frozen and transferred, all judged, one page.
+
+Branches are named CONTENDER-sSEED, TARGET-CONTENDER-sSEED on a transfer target, and standard-CONTENDER-sSEED where the
+training has no attack. On a target three networks compete: the frozen activation ("frozen"), the same activation
+learned there from scratch ("learned"), and the control.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.chain import ChainConfig, TransferTarget
+from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.model import ActivationConfig, ModelConfig
+from pipeline.config.study import RegimeConfig, StudyConfig
+from pipeline.data import PreparedData
+from pipeline.evaluation.records import Evaluation
+from pipeline.report.study import Entry, Role, Study
+from pipeline.report.study_page import PAGE, write_study
+from pipeline.stages.evaluate import EvaluateTask, evaluate_node
+from pipeline.stages.freeze import FreezeTask, freeze_node
+from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+from pipeline.stages.train import TrainTask, train_node
+from pipeline.training import TrainedModel, load_model
+
+MAIN, CONTROL, FROZEN, LEARNED = "sparta", "control", "frozen", "learned"
+ADVERSARIAL, STANDARD = "adversarial training", "standard training"
+SOURCE_DATA = "prepare:source"
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of one seed, and how it is judged."""
+
+    group: str
+    contender: str
+    branch: str
+    trained: str
+    """Key of the node that trains it."""
+    reference: str
+    """Key of the node whose adversarial examples are tried on it too."""
+    task: TrainTask
+    evaluation: EvaluationConfig
+
+    @property
+    def evaluated(self) -> str:
+        """Key of the node that judges it."""
+        return f"evaluate:{self.branch}"
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """What the study's page is made of."""
+
+    name: str
+    threat: str
+    networks: tuple[Network, ...]
+
+
+def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
+    """All nodes after the data are prepared, in the order of the stages."""
+    networks = tuple(_networks(config, study))
+    pretrain = [_trainer(network) for network in networks if network.trained.startswith("pretrain")]
+    freeze = [
+        freeze_node(FreezeTask(f"pretrain:{MAIN}-s{seed}", SOURCE_DATA, _threat(config)), branch=f"s{seed}")
+        for seed in (study.seeds if config.transfer else ())
+    ]
+    transfer = [_trainer(network) for network in networks if network.trained.startswith("transfer")]
+    judged = [
+        evaluate_node(n.branch, EvaluateTask(n.trained, n.reference, n.task.data, n.evaluation, n.task.seed))
+        for n in networks
+    ]
+    page = StudyTask(config.report.title or config.name, f"{_threat(config)}; all attacks of the suite", networks)
+    return [*pretrain, *freeze, *transfer, *judged, _page_node(page)]
+
+
+def _networks(config: ChainConfig, study: StudyConfig) -> Iterator[Network]:
+    adversarial = RegimeConfig(training=config.training, evaluation=config.evaluation)
+    for seed in study.seeds:
+        yield from _at_home(config, study, seed, adversarial, ADVERSARIAL)
+        if study.standard is not None:
+            yield from _at_home(config, study, seed, study.standard, STANDARD)
+        for target in config.transfer:
+            yield from _on_target(config, target, seed)
+
+
+def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeConfig, group: str) -> Iterator[Network]:
+    """The source, its control and the contenders, trained on the source's data."""
+    rows: list[tuple[str, ActivationConfig, Mapping[str, Any], int | None]] = [
+        (MAIN, config.model.activation, {}, None),
+        (CONTROL, config.control, {}, None),
+        *((c.name, c.activation, c.options, c.epochs) for c in study.contenders),
+    ]
+    prefix = "standard-" if group == STANDARD else ""
+    for name, activation, options, epochs in rows:
+        twin = MAIN if name == CONTROL else CONTROL
+        own = regime.training if epochs is None else regime.training.model_copy(update={"epochs": epochs})
+        model = ModelConfig(name=config.model.name, options={**config.model.options, **options}, activation=activation)
+        yield Network(
+            group=group,
+            contender=name,
+            branch=f"{prefix}{name}-s{seed}",
+            trained=f"pretrain:{prefix}{name}-s{seed}",
+            reference=f"pretrain:{prefix}{twin}-s{seed}",
+            task=TrainTask(model, config.augment, own, seed, SOURCE_DATA),
+            evaluation=regime.evaluation,
+        )
+
+
+def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterator[Network]:
+    """The frozen activation, the same one learned from scratch, and the control, with the target's budget."""
+    architecture = target.model or config.model
+    for name in (FROZEN, LEARNED, CONTROL):
+        activation = config.control if name == CONTROL else config.model.activation
+        twin = FROZEN if name == CONTROL else CONTROL
+        frozen = name == FROZEN
+        yield Network(
+            group=target.name,
+            contender=name,
+            branch=f"{target.name}-{name}-s{seed}",
+            trained=f"transfer:{target.name}-{name}-s{seed}",
+            reference=f"transfer:{target.name}-{twin}-s{seed}",
+            task=TrainTask(
+                model=ModelConfig(name=architecture.name, options=architecture.options, activation=activation),
+                augment=target.augment or config.augment,
+                training=target.training or config.training,
+                seed=seed,
+                data=f"prepare:{target.name}" if target.data is not None else SOURCE_DATA,
+                bank=f"freeze:s{seed}" if frozen else None,
+                adapt=target.adapt if frozen else None,
+            ),
+            evaluation=config.evaluation,
+        )
+
+
+def _trainer(network: Network) -> Node[TrainTask]:
+    stage, _, branch = network.trained.partition(":")
+    return train_node(stage, branch, network.task)
+
+
+def _threat(config: ChainConfig) -> str:
+    threat = config.training.threat
+    return f"{threat.norm} eps={threat.eps:.4g}, {config.training.method.kind}"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _page_node(task: StudyTask) -> Node[StudyTask]:
+    needs = [key for n in task.networks for key in (n.task.data, n.trained, n.evaluated)]
+    sections = {"name": task.name, "groups": [[n.group, n.contender, n.branch] for n in task.networks]}
+    return Node("report", "study", task, sections, run_study, tuple(dict.fromkeys(needs)))
+
+
+def _page(context: StageContext[StudyTask]) -> StageResult:
+    task = context.task
+    entries = tuple(_entry(context, network) for network in task.networks)
+    study = Study(name=task.name, threat=task.threat, entries=entries)
+    files = write_study(study, context.directory)
+    for path in files:
+        context.run.artifact(path)
+    context.services.chain_run.artifact(context.directory / PAGE)
+    return StageResult({"page": PAGE}, sorted(path.name for path in files))
+
+
+def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
+    trained, evaluated = context.upstream[network.trained], context.upstream[network.evaluated]
+    record = TrainedModel.model_validate(trained.record.payload)
+    evaluation = Evaluation.load(evaluated.directory)
+    arrays = evaluation.arrays(evaluated.directory)
+    prepared = PreparedData.load(context.upstream[network.task.data].directory)
+    steps = -(-prepared.splits["train"].count // network.task.training.batch_size)
+    model, audit = network.task.model, evaluation.audit
+    return Entry(
+        group=network.group,
+        contender=network.contender,
+        role=_role(network.contender),
+        activation=model.activation.name,
+        seed=network.task.seed,
+        architecture=" ".join([model.name, *(f"{key}={value}" for key, value in model.options.items())]),
+        dataset=prepared.name,
+        num_parameters=sum(p.numel() for p in load_model(trained.directory / "model").parameters()),
+        training_flops=record.flops_per_step * steps * record.epochs,
+        epochs=record.epochs,
+        val_clean=record.val_clean,
+        val_robust=record.val_robust,
+        clean=evaluation.clean,
+        robust=evaluation.union,
+        attacks={attack.name: attack.accuracy.value for attack in evaluation.attacks},
+        audit="off" if audit is None else ", ".join(audit.failed) or "passed",
+        trained=trained.record.fingerprint,
+        evaluated=evaluated.record.fingerprint,
+        weights_sha256=record.weights_sha256,
+        frozen_digest=record.bank_digest,
+        correct_clean=arrays["correct/clean"].astype(bool),
+        correct_robust=arrays["correct/union"].astype(bool),
+    )
+
+
+def _role(contender: str) -> Role:
+    return "main" if contender in (MAIN, FROZEN) else "control" if contender == CONTROL else "other"
+
+
+run_study = one_by_one(_page)

@@ -1,0 +1,78 @@
+"""Which nodes a study makes: all else equal but the activation and the seed."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.config.load import ConfigError, load_config
+from pipeline.stages.graph import STAGES, head, tail
+from pipeline.stages.node import Node
+from pipeline.stages.train import TrainTask
+
+OWN_DATA = ("data={dataset: digits}", "transfer.2.data={dataset: digits}")
+
+
+def nodes(preset: str = "study_quick", *overrides: str) -> dict[str, Node[Any]]:
+    config = load_config(preset, overrides)
+    every = [*head(config), *tail(config)]
+    assert len({node.key for node in every}) == len(every)
+    return {node.key: node for node in every}
+
+
+@pytest.mark.parametrize(("preset", "overrides"), [("study", OWN_DATA), ("study_quick", ())])
+def test_every_node_comes_after_what_it_needs_and_stages_are_in_order(preset: str, overrides: tuple[str, ...]) -> None:
+    seen: set[str] = set()
+    stages = []
+    for key, node in nodes(preset, *overrides).items():
+        assert set(node.needs) <= seen
+        seen.add(key)
+        stages.append(STAGES.index(node.stage))
+    assert stages == sorted(stages)
+    assert "report:study" in seen
+
+
+def test_only_activation_and_seed_differ() -> None:
+    every = nodes()
+    trained = [node.task for key, node in every.items() if key.startswith("pretrain:")]
+    assert len(trained) == 2 * 6
+    first: TrainTask = trained[0]
+    for task in trained:
+        assert (task.training, task.augment, task.data) == (first.training, first.augment, first.data)
+        assert (task.model.name, task.model.options) == (first.model.name, first.model.options)
+    assert {(task.model.activation.name, task.seed) for task in trained} == {
+        (name, seed) for name in ("sparta", "relu", "silu", "meta_acon", "position_prelu", "frelu") for seed in (0, 1)
+    }
+
+
+def test_a_frozen_activation_comes_from_the_same_seed() -> None:
+    every = nodes()
+    for seed in (0, 1):
+        assert every[f"transfer:deeper-frozen-s{seed}"].needs == ("prepare:source", f"freeze:s{seed}")
+        assert every[f"freeze:s{seed}"].needs == (f"pretrain:sparta-s{seed}", "prepare:source")
+        assert every[f"transfer:deeper-learned-s{seed}"].task.bank is None
+        assert every[f"transfer:deeper-control-s{seed}"].task.model.activation.name == "relu"
+
+
+def test_a_contender_may_be_wider_or_train_longer() -> None:
+    every = nodes("study", *OWN_DATA)
+    assert every["pretrain:relu.wider-s0"].task.model.options["width"] == 17
+    assert every["pretrain:relu.longer-s0"].task.training.epochs == 13
+    assert every["pretrain:standard-sparta-s0"].task.training.method.kind == "standard"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("study.seeds=[0]", "study.seeds"),
+        ("study.seeds=[1, 1]", "different seeds"),
+        ("study.contenders=[{name: sparta, activation: {name: silu}}]", "the chain's own network"),
+        (
+            "study.contenders=[{name: a, activation: {name: silu}}, {name: a, activation: {name: gelu}}]",
+            "different names",
+        ),
+        ("study.contenders=[{name: a, activation: {name: nothing}}]", "unknown activation"),
+    ],
+)
+def test_bad_studies_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("study_quick", [override])
