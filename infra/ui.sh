@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# The MLflow UI over everything under runs/, on this machine alone. PORT=5001 make ui takes another port.
+# The MLflow UI over everything under runs/, on this machine alone. PORT=5001 make ui takes another port;
+# HOST=0.0.0.0 make ui opens it to the network, without a password: infra/mlflow/ has a server with one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 root="${SPARTA_RUNS:-$PWD/runs}"
+host="${HOST:-127.0.0.1}"
 port="${PORT:-5000}"
 [ -f "$root/mlflow.db" ] || { echo "nothing to show: $root/mlflow.db does not exist; run make demo first" >&2; exit 1; }
 
-echo "MLflow UI  http://127.0.0.1:$port/?workflowType=machine_learning   (Ctrl-C ends it)"
+case "$host" in
+  127.0.0.1 | localhost | ::1) ;;
+  *) echo "WARNING: whoever reaches $host:$port may read, change and delete every run; there is no password" >&2 ;;
+esac
+echo "MLflow UI  http://$host:$port/?workflowType=machine_learning   (Ctrl-C ends it)"
 find "$root" -maxdepth 2 -name report.html -printf 'report     file://%p\n'
 export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false
 exec .venv/bin/mlflow server --backend-store-uri "sqlite:///$root/mlflow.db" --artifacts-destination "$root/mlartifacts" \
-  --host 127.0.0.1 --port "$port" --workers 1
+  --host "$host" --port "$port" --workers 1

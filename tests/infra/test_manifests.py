@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -127,6 +128,8 @@ def test_passwords_come_from_the_secret_alone() -> None:
     for path in (INFRA / "kubernetes").glob("*.yaml"):
         text = path.read_text(encoding="utf-8")
         assert "kind: Secret" not in text
+        # The secret `sparta` is KubeRay's: it holds the token of the cluster of that name.
+        assert not re.search(r"secretName: sparta\b(?!-)|secretKeyRef: \{name: sparta\b(?!-)", text)
         for document in yaml.safe_load_all(text):
             for pod in pod_specs(document):
                 for container in pod["containers"]:
