@@ -17,6 +17,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 RECORD = "artifact.json"
+STARTED = "started.json"
+"""Marks a node that began, with its inputs."""
 _CHUNK = 1 << 20
 # Above this a file is verified by size and by blocks spread over it: hashing an ImageNet on every start is too slow.
 _FULL_HASH_LIMIT = 1 << 28

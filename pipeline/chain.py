@@ -23,7 +23,6 @@ from pipeline.stages.node import Finished, Node, StageContext, StageResult
 if TYPE_CHECKING:
     from pipeline.stages.services import Services
 
-_STARTED = "started.json"
 _CURRENT = "current.txt"
 
 
@@ -106,7 +105,7 @@ class Chain:
             return Action.SKIP, f"inputs {record.fingerprint[:12]} unchanged, {len(record.outputs)} outputs verified"
         if (directory / artifacts.RECORD).exists():
             return Action.RUN, f"{artifacts.RECORD} is unreadable"
-        if (directory / _STARTED).exists():
+        if (directory / artifacts.STARTED).exists():
             return Action.RESUME, "was interrupted"
         return Action.RUN, self._why_new(node, inputs)
 
@@ -228,7 +227,7 @@ class Chain:
         if decision.node.stage in self._force and directory.exists():
             _set_aside(directory)
         (directory / artifacts.RECORD).unlink(missing_ok=True)
-        artifacts.write_atomic(directory / _STARTED, artifacts.canonical(decision.inputs) + "\n")
+        artifacts.write_atomic(directory / artifacts.STARTED, artifacts.canonical(decision.inputs) + "\n")
 
 
 def _record(decision: Decision, directory: Path, result: StageResult) -> StageRecord:

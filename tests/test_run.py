@@ -35,6 +35,7 @@ def _own_signals() -> object:
         (["data.dataset=npz", "data.path=missing.npz", "data.classes=null"], "missing.npz"),
         (["data.dataset=folder", "data.path=missing", "data.classes=null"], "missing"),
         (["data.dataset=npz"], "needs data.path"),
+        (["search.enabled=true", "search.space=atack"], "expected a search space"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(
@@ -54,6 +55,12 @@ def test_more_workers_than_the_cluster_has_is_exit_3(tmp_path: Path, capsys: pyt
     assert "need 4096 workers" in error
     assert "scaling.num_workers" in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trial_that_is_too_big_is_exit_3_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["search.enabled=true", "search.num_workers=4096"]) == 3
+    assert "lower search.num_workers" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

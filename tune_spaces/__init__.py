@@ -1,6 +1,20 @@
 """Declarative search spaces: dotted configuration keys, each with a typed distribution. Imports nothing heavy."""
 
-from tune_spaces.distributions import Choice, Distribution, Integer, Space, Uniform, Value, When, active, draw, grid
+from tune_spaces.distributions import (
+    Choice,
+    Distribution,
+    Integer,
+    Relative,
+    Rule,
+    Space,
+    Uniform,
+    Value,
+    When,
+    active,
+    draw,
+    grid,
+    resolve,
+)
 from tune_spaces.loading import SPACES, load_space
 
 __all__ = [
@@ -8,6 +22,8 @@ __all__ = [
     "Choice",
     "Distribution",
     "Integer",
+    "Relative",
+    "Rule",
     "Space",
     "Uniform",
     "Value",
@@ -16,4 +32,5 @@ __all__ = [
     "draw",
     "grid",
     "load_space",
+    "resolve",
 ]

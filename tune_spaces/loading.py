@@ -5,6 +5,7 @@ training.optimizer.lr: {log_uniform: [0.01, 0.5]}      from tune_spaces import U
 training.threat.eps: {uniform: ["2/255", "8/255"]}     SPACE = {"training.optimizer.lr": Uniform(0.01, 0.5, log=True)}
 training.method.kind: {choice: [pgd_at, trades]}
 training.method.beta: {uniform: [1, 10], when: {training.method.kind: trades}}
+training.method.attack.step_size: {log_uniform: [0.1, 1], relative_to: evaluation.threat.eps}
 """
 
 import importlib
@@ -14,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from tune_spaces.distributions import Choice, Distribution, Integer, Space, Uniform, When
+from tune_spaces.distributions import Choice, Distribution, Integer, Relative, Rule, Space, Uniform, When
 
 SPACES = ("activation", "attack", "joint", "optim")
 """Names of the spaces that come with the project."""
@@ -60,7 +61,10 @@ def _read_yaml(path: Path) -> Any:
     return {str(key): _parse(entry, f"{path}: {key}") for key, entry in content.items()}
 
 
-def _parse(entry: Any, where: str) -> Distribution | When:
+_EXTRAS = {"when", "relative_to"}
+
+
+def _parse(entry: Any, where: str) -> Rule:
     kinds: dict[str, Callable[..., Distribution]] = {
         "uniform": lambda low, high: Uniform(_number(low), _number(high)),
         "log_uniform": lambda low, high: Uniform(_number(low), _number(high), log=True),
@@ -68,7 +72,7 @@ def _parse(entry: Any, where: str) -> Distribution | When:
         "log_integer": lambda low, high: Integer(int(low), int(high), log=True),
         "choice": Choice,
     }
-    names = set(entry) - {"when"} if isinstance(entry, Mapping) else set()
+    names = set(entry) - _EXTRAS if isinstance(entry, Mapping) else set()
     if len(names) != 1 or not names <= set(kinds) or not isinstance(entry[min(names)], list):
         raise ValueError(
             f"{where}: expected one of {', '.join(kinds)} with a list, as {{uniform: [0, 1]}}, got {entry!r}"
@@ -78,10 +82,17 @@ def _parse(entry: Any, where: str) -> Distribution | When:
         distribution = kinds[name](*entry[name])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {name} cannot be made of {entry[name]}: {error}") from error
-    return _conditional(distribution, entry["when"], where) if "when" in entry else distribution
+    rule = _relative(distribution, entry["relative_to"], where) if "relative_to" in entry else distribution
+    return _conditional(rule, entry["when"], where) if "when" in entry else rule
 
 
-def _conditional(distribution: Distribution, when: Any, where: str) -> When:
+def _relative(distribution: Distribution, to: Any, where: str) -> Relative:
+    if not isinstance(distribution, Uniform) or not isinstance(to, str):
+        raise ValueError(f"{where}: relative_to expected a key beside uniform or log_uniform, got {to!r}")
+    return Relative(distribution.low, distribution.high, to, distribution.log)
+
+
+def _conditional(distribution: Distribution | Relative, when: Any, where: str) -> When:
     if not isinstance(when, Mapping) or len(when) != 1:
         raise ValueError(f"{where}: expected one condition, as when: {{training.method.kind: trades}}, got {when!r}")
     ((key, value),) = when.items()
@@ -97,8 +108,8 @@ def _checked(space: Any, path: Path) -> Space:
         raise ValueError(f"expected a search space with at least one key in {path}, got {space!r}")
     seen: set[str] = set()
     for key, rule in space.items():
-        if not isinstance(key, str) or not isinstance(rule, Uniform | Integer | Choice | When):
-            raise ValueError(f"{path}: {key}: expected a Uniform, Integer, Choice or When, got {rule!r}")
+        if not isinstance(key, str) or not isinstance(rule, Rule):
+            raise ValueError(f"{path}: {key}: expected a Uniform, Integer, Choice, Relative or When, got {rule!r}")
         if isinstance(rule, When) and rule.key not in seen:
             raise ValueError(f"{path}: {key} depends on {rule.key!r}, which is not above it; put that key first")
         seen.add(key)

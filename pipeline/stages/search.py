@@ -1,15 +1,23 @@
 """search: a Ray Tune sweep over a space of `tune_spaces`; later stages run with the best trial's settings."""
 
+import json
+import shutil
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.cluster.sweep import SearchResult, search
+from pipeline.artifacts import STARTED
+from pipeline.cluster.sweep import SearchResult, checked_space, search
 from pipeline.config.chain import ChainConfig
 from pipeline.report import Trial
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+from pipeline.stages.prepare import workers_data
 from pipeline.stages.trial_runs import TrialRuns
+
+TRIALS = "trials"
 
 
 class TunedConfig(BaseModel):
@@ -32,16 +40,24 @@ class SearchTask:
 
 
 def search_node(task: SearchTask) -> Node[SearchTask]:
-    """The node that searches."""
+    """The node that searches. What a space holds is its identity, not where it is written.
+
+    Raises:
+        ConfigError: for a space that does not fit the configuration.
+    """
     sections = task.config.model_dump(mode="json", include={"search", "model", "training", "augment", "seed"})
     sections["threat"] = task.config.evaluation.threat.model_dump(mode="json")
+    for how in ("enabled", "max_concurrent"):
+        del sections["search"][how]
+    sections["search"]["space"] = {key: repr(rule) for key, rule in checked_space(task.config).items()}
     return Node("search", "best", task, sections, run_search, (task.data,), trains=True)
 
 
 def _search(context: StageContext[SearchTask]) -> StageResult:
+    _take_over(context.directory)
     found = search(
         context.task.config,
-        data=context.upstream[context.task.data].directory,
+        data=workers_data(context, context.task.data)[1],
         output=context.directory,
         on_trial=TrialRuns(context.services.chain_run, context.directory),
     )
@@ -49,6 +65,30 @@ def _search(context: StageContext[SearchTask]) -> StageResult:
         context.run.artifact(context.directory / name)
     payload = TunedConfig(overrides=found.overrides, trials=_trials(found))
     return StageResult(payload.model_dump(mode="json"), found.files)
+
+
+def _take_over(directory: Path) -> None:
+    """Begin with the trials of a search that differs in the number of trials alone, and so has another directory."""
+    if (directory / TRIALS).exists() or list(directory.parent.glob(f"{directory.name}.superseded-*")):
+        return  # it has its own, or is forced to begin anew
+    own = _without_count(directory)
+    others = [path for path in directory.parent.iterdir() if path != directory and not path.suffix]
+    same = [path for path in others if (path / TRIALS).is_dir() and _without_count(path) == own]
+    if same:
+        longest = max(same, key=lambda path: len(list((path / TRIALS).iterdir())))
+        copy = directory / f".{TRIALS}.{uuid.uuid4().hex}"
+        shutil.copytree(longest / TRIALS, copy)
+        copy.rename(directory / TRIALS)
+
+
+def _without_count(directory: Path) -> Any:
+    """What the search in `directory` was started with, less the number of trials; None where none was."""
+    try:
+        inputs = json.loads((directory / STARTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    inputs["sections"]["search"].pop("num_trials")
+    return inputs
 
 
 def _trials(found: SearchResult) -> tuple[Trial, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from pipeline.artifacts import write_atomic
 from pipeline.cluster import ensure_ray, preflight
+from pipeline.cluster.sweep import preflight_trial
 from pipeline.config.chain import ChainConfig
 from pipeline.tracking import Registry, StageRun, Tracker
 
@@ -62,13 +63,15 @@ class Services:
         """Refuse an impossible request before anything is written; a Ray of our own is asked without being started.
 
         Raises:
-            ClusterTooSmall: when the cluster can never hold the workers of `scaling`.
+            ClusterTooSmall: when the cluster can never hold the workers of `scaling`, or those of one trial.
             ConnectionError: when a cluster was named and does not answer.
         """
         if self.config.scaling.address or os.environ.get("RAY_ADDRESS"):
             self.ray()
         else:
             preflight(self.config.scaling)
+        if self.config.search.enabled:
+            preflight_trial(self.config)
 
     def log_failure(self, key: str, error: Exception) -> Path:
         """Keep the traceback of a failed node in a file; people are shown one line that names it."""

@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 
 import pytest
-import yaml
 from rich.console import Console
 
 from pipeline.cluster.outcome import failed
@@ -20,9 +19,10 @@ from pipeline.cluster.sweep.table import Table, short_names
 from pipeline.cluster.sweep.trials import Leg, Point, save_trial
 from pipeline.cluster.sweep.tuning import _clipped, mutable_keys
 from pipeline.config.chain import ChainConfig
-from pipeline.config.load import ConfigError, overlay, validate
+from pipeline.config.load import ConfigError, load_config, overlay, validate
 from pipeline.config.search import SearchConfig
-from tune_spaces import SPACES, Choice, Integer, Uniform, When, load_space
+from pipeline.stages.graph import head, tail
+from tune_spaces import SPACES, Choice, Integer, Uniform, When
 
 LR, EPS, KIND = "training.optimizer.lr", "training.threat.eps", "training.method.kind"
 SPACE = {LR: Uniform(0.01, 1.0, log=True), "training.eps_warmup_epochs": Choice(0.0, 1.0)}
@@ -37,7 +37,12 @@ def make_trial(number: int, *, robust=(0.1,), clean: float = 0.5, state="done", 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_space_fits_the_configuration_at_both_ends_of_every_parameter(name):
-    check_space(load_space(name), BASE)
+    checked_space(overlay(BASE, {"search.space": name}))
+
+
+def test_the_attack_space_follows_the_preset_from_photographs_to_digits():
+    ranges = [checked_space(load_config(name, ["search.space=attack"]))[EPS] for name in ("cifar10_cpu", "demo")]
+    assert [(r.low, r.high) for r in ranges] == [(pytest.approx(e / 4), pytest.approx(2 * e)) for e in (8 / 255, 0.15)]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +213,27 @@ def test_trials_of_other_settings_are_not_taken_for_known_ones(tmp_path: Path):
     assert _known_trials(tmp_path, overlay(base, {"training.batch_size": 32})) == []
 
 
+def asha_decisions(known, reported):
+    from types import SimpleNamespace
+
+    from pipeline.cluster.sweep.asha import asha
+
+    scheduler = asha(SearchConfig(), epochs=9, known=known)
+    assert scheduler.set_search_properties("robust", "max")
+    trial = SimpleNamespace(trial_id="new")
+    scheduler.on_trial_add(None, trial)
+    return [scheduler.on_trial_result(None, trial, {"epoch": e, "robust": r}) for e, r in reported]
+
+
+def test_asha_knows_the_trials_of_the_run_before_and_stops_none_at_its_last_epoch():
+    pytest.importorskip("ray")
+    known = [make_trial(n, robust=(0.5,) * 9) for n in range(3)]
+    assert asha_decisions((), [(1, 0.1)]) == ["CONTINUE"]  # the first at its rung
+    assert asha_decisions(known, [(1, 0.1)]) == ["STOP"]
+    assert asha_decisions(known, [(1, 0.9), (2, 0.1), (3, 0.1)]) == ["CONTINUE", "CONTINUE", "STOP"]
+    assert asha_decisions(known, [(9, 0.1)]) == ["CONTINUE"]  # a rung, and the end
+
+
 def test_a_damaged_trial_record_is_passed_over_with_a_warning(tmp_path: Path, caplog):
     save_trial(tmp_path, make_trial(0))
     save_trial(tmp_path, make_trial(1))
@@ -259,9 +285,10 @@ def test_results_hold_every_trial_and_the_best_runs_as_a_preset(tmp_path: Path):
     rows = list(csv.DictReader(io.StringIO((tmp_path / "trials.csv").read_text())))
     assert [row["state"] for row in rows] == ["done"] * 10 + ["failed"]
     assert max(rows[:10], key=lambda row: float(row["robust"]))["front"] == "1"
-    best = validate(yaml.safe_load((tmp_path / "best.yaml").read_text()))
+    best = load_config(str(tmp_path / "best.yaml"))
     assert best.training.optimizer.lr == lrs[9]
     assert not best.search.enabled
+    assert {"pretrain:source", "report:page"} <= {node.key for node in [*head(best), *tail(best)]}
     pictures = [name for name in files if name.endswith(".png")]
     assert len(pictures) == 4
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tune_spaces import SPACES, Choice, Integer, Uniform, When, draw, grid, load_space
+from tune_spaces import SPACES, Choice, Integer, Relative, Uniform, When, draw, grid, load_space, resolve
+
+THREAT = {"evaluation": {"threat": {"norm": "linf", "eps": 0.1}}}
+EPS = "evaluation.threat.eps"
 
 
 def test_importing_the_spaces_imports_nothing_heavy():
@@ -20,7 +23,7 @@ def test_importing_the_spaces_imports_nothing_heavy():
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_draw_has_the_unconditional_keys_and_only_the_conditional_ones_that_hold(name):
-    space, rng = load_space(name), random.Random(0)
+    space, rng = resolve(load_space(name), THREAT), random.Random(0)
     for _ in range(200):
         point = draw(space, rng)
         for key, rule in space.items():
@@ -66,6 +69,23 @@ def test_a_conditional_parameter_multiplies_a_grid_only_where_it_exists():
     assert grid(space, 2) == [{"kind": "p"}, {"kind": "t", "beta": 0.0}, {"kind": "t", "beta": 1.0}]
 
 
+def test_a_relative_range_is_scaled_by_the_configuration_also_under_a_condition():
+    relative = Relative(0.5, 2.0, to=EPS, log=True)
+    space = {"kind": Choice("p", "t"), "a": relative, "b": When("kind", ("t",), relative)}
+    found = resolve(space, THREAT)
+    assert found["a"] == Uniform(0.05, 0.2, log=True)
+    assert found["b"] == When("kind", ("t",), Uniform(0.05, 0.2, log=True))
+    assert found["kind"] == space["kind"]
+
+
+@pytest.mark.parametrize(
+    "to", ["evaluation.threat.epps", "evaluation.threat.norm", "evaluation.threat", "nowhere.at.all"]
+)
+def test_a_range_relative_to_no_positive_number_is_refused(to):
+    with pytest.raises(ValueError, match=f"a is relative to {to}: expected a positive number"):
+        resolve({"a": Relative(0.5, 2.0, to=to)}, THREAT)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -88,15 +108,17 @@ training.optimizer.lr: {log_uniform: [0.01, 0.5]}
 training.method.attack.steps: {integer: [1, 10]}
 training.method.kind: {choice: [pgd_at, trades]}
 training.method.beta: {uniform: [1, 10], when: {training.method.kind: trades}}
+training.method.attack.step_size: {log_uniform: [0.1, 1], relative_to: evaluation.threat.eps}
 """
 PYTHON = """
-from tune_spaces import Choice, Integer, Uniform, When
+from tune_spaces import Choice, Integer, Relative, Uniform, When
 SPACE = {
     "training.threat.eps": Uniform(2 / 255, 8 / 255),
     "training.optimizer.lr": Uniform(0.01, 0.5, log=True),
     "training.method.attack.steps": Integer(1, 10),
     "training.method.kind": Choice("pgd_at", "trades"),
     "training.method.beta": When("training.method.kind", ("trades",), Uniform(1.0, 10.0)),
+    "training.method.attack.step_size": Relative(0.1, 1.0, to="evaluation.threat.eps", log=True),
 }
 """
 
@@ -120,6 +142,7 @@ def test_a_space_reads_the_same_from_yaml_and_from_python(tmp_path: Path):
         ("a.yaml", "{}", "at least one key"),
         ("a.yaml", "b: {uniform: [0, 1], when: {kind: x}}", "not above it"),
         ("a.yaml", "b: {uniform: [0, 1], when: x}", "expected one condition"),
+        ("a.yaml", "b: {choice: [0, 1], relative_to: seed}", "beside uniform or log_uniform"),
         ("a.py", "import nonsense_module", "does not run: ModuleNotFoundError"),
         ("a.py", "x = 1", "expected SPACE"),
         ("a.py", "SPACE = {'lr': 3}", "expected a Uniform"),

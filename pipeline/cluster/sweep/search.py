@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import fingerprint
-from pipeline.cluster.capacity import preflight
+from pipeline.cluster.capacity import ClusterTooSmall, preflight
 from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.sweep.board import Board, OnTrial
 from pipeline.cluster.sweep.results import write_results
@@ -21,7 +21,8 @@ from pipeline.cluster.sweep.tuning import mutable_keys, run_sweep
 from pipeline.cluster.worker import Train
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError
-from tune_spaces import Space, load_space
+from pipeline.config.scaling import ScalingConfig
+from tune_spaces import Space, load_space, resolve
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def search(
     SearchFailed when every trial failed.
     """
     space = checked_space(base)
-    scaling = base.scaling.model_copy(update={"num_workers": base.search.num_workers})
+    scaling = _trial_scaling(base)
     known = _known_trials(output, base)
     table = Table(base.search.num_trials, list(space), show=on_trial)
     sweep = Sweep(uuid.uuid4().hex[:8], base, data, output, scaling, train or _train())
@@ -73,16 +74,29 @@ def search(
     )
     if board.num_left:
         if cluster_address(scaling) is None:
-            preflight(scaling)
+            preflight_trial(base)
         with ensure_ray(scaling, dashboard=scaling.max_workers > 1), table:
             run_sweep(sweep, space, board)
     return _result(base, list(board.trials.values()), output)
 
 
-def checked_space(base: ChainConfig) -> Space:
-    """The space that `base.search` names, tried against `base`. Raises ConfigError; starts nothing."""
+def preflight_trial(base: ChainConfig) -> None:
+    """Raise ClusterTooSmall when not even one trial fits; without a running Ray, this machine is asked."""
     try:
-        space = load_space(base.search.space)
+        preflight(_trial_scaling(base))
+    except ClusterTooSmall as error:
+        raise ClusterTooSmall(str(error).replace("scaling.num_workers", "search.num_workers")) from None
+
+
+def _trial_scaling(base: ChainConfig) -> ScalingConfig:
+    """The workers of one trial."""
+    return base.scaling.model_copy(update={"num_workers": base.search.num_workers})
+
+
+def checked_space(base: ChainConfig) -> Space:
+    """The space of `base.search` in absolute numbers, tried against `base`; starts nothing. Raises ConfigError."""
+    try:
+        space = resolve(load_space(base.search.space), base.model_dump(mode="json"))
     except ValueError as error:
         raise ConfigError(f"search.space: {error}") from error
     check_space(space, base)

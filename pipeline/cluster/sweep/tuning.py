@@ -4,15 +4,16 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.cluster.capacity import Capacity, preflight, worker_bundle
+from pipeline.cluster.sweep.asha import asha
 from pipeline.cluster.sweep.board import Board
 from pipeline.cluster.sweep.trainable import Sweep, run_trial
 from pipeline.cluster.sweep.trials import Point, Trial
 from pipeline.config.load import ConfigError
-from tune_spaces import Choice, Distribution, Integer, Space, Value, When
+from tune_spaces import Choice, Distribution, Integer, Space, Value
 
 _DRIVER = 1 << 28
 """Bytes of memory that the process of a nested trial reserves; Tune wants it to reserve something."""
@@ -36,7 +37,7 @@ def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
             metric=sweep.base.search.objectives[0],
             mode="max",
             search_alg=_searcher(board) if population is None else None,
-            scheduler=_scheduler(sweep, space),
+            scheduler=_scheduler(sweep, space, list(board.trials.values())),
             num_samples=board.num_left if population is None else 1,
             max_concurrent_trials=_concurrent(sweep, capacity),
             trial_dirname_creator=lambda trial: str(trial.trial_id),
@@ -58,6 +59,8 @@ def _set_environment() -> None:
     # The trials' own files hold what Tune's loggers would copy, and interrupts are the chain's to handle.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    # A trial that fails before its first report has no metric; with the check that would end the whole sweep.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
@@ -155,18 +158,12 @@ def _callback(board: Board) -> Any:
     return Books(board)
 
 
-def _scheduler(sweep: Sweep, space: Space) -> Any:
+def _scheduler(sweep: Sweep, space: Space, known: Sequence[Trial]) -> Any:
     from ray.tune import schedulers
 
     search = sweep.base.search
     if search.scheduler == "asha":
-        return schedulers.ASHAScheduler(
-            time_attr="epoch",
-            # Above the last epoch: a trial that gets there is to finish by itself and keep its model.
-            max_t=(search.epochs or sweep.base.training.epochs) + 1,
-            grace_period=search.grace_epochs,
-            reduction_factor=search.reduction_factor,
-        )
+        return asha(search, search.epochs or sweep.base.training.epochs, known)
     if search.scheduler == "pbt":
         mutable = mutable_keys(space)
         return schedulers.PopulationBasedTraining(
@@ -183,10 +180,10 @@ def mutable_keys(space: Space) -> dict[str, Distribution]:
 
     The network itself must stay as it is, because the weights go on.
     """
-    found = {
+    found: dict[str, Distribution] = {
         key: rule
         for key, rule in space.items()
-        if key.startswith("training.") and not key.endswith(".kind") and not isinstance(rule, When)
+        if key.startswith("training.") and not key.endswith(".kind") and isinstance(rule, Distribution)
     }
     if not found:
         raise ConfigError(

@@ -1,0 +1,48 @@
+"""Asynchronous successive halving (Li et al., arXiv 1810.05934) as Ray Tune has it, with two things mended.
+
+A trial is never stopped at its last epoch, where nothing is saved by it and its finished model would be lost. And the
+rungs of an interrupted sweep are filled again from the trials' own records, so that who goes on does not depend on it.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from pipeline.cluster.sweep.trials import Trial
+from pipeline.config.search import SearchConfig
+
+
+def asha(search: SearchConfig, epochs: int, known: Sequence[Trial] = ()) -> Any:
+    """The scheduler of a sweep.
+
+    Args:
+        search: grace_epochs, reduction_factor and objectives.
+        epochs: of a trial that is not stopped.
+        known: trials of an earlier run of this sweep.
+    """
+    from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+    class ResumableASHA(ASHAScheduler):  # type: ignore[misc]
+        def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+            """Tune tells metric and mode here, once, before any trial."""
+            accepted: bool = super().set_search_properties(metric, mode, **spec)
+            for trial in known if accepted else ():
+                self._remember(trial)
+            return accepted
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision: str = super().on_trial_result(tune_controller, trial, result)
+            return str(TrialScheduler.CONTINUE) if result[self._time_attr] >= epochs else decision
+
+        def _remember(self, trial: Trial) -> None:
+            past = SimpleNamespace(trial_id=f"known-{trial.number}")
+            self.on_trial_add(None, past)
+            for point in trial.history:
+                self.on_trial_result(None, past, point.model_dump())
+
+    return ResumableASHA(
+        time_attr="epoch",
+        max_t=epochs + 1,  # Tune stops at max_t whatever came out
+        grace_period=search.grace_epochs,
+        reduction_factor=search.reduction_factor,
+    )

@@ -1,0 +1,52 @@
+"""What identifies a search, and how a longer one takes over the trials of a shorter one."""
+
+import json
+from pathlib import Path
+
+from pipeline.artifacts import STARTED
+from pipeline.config.load import load_config
+from pipeline.stages.search import TRIALS, SearchTask, _take_over, search_node
+
+
+def sections(space: Path, *settings: str) -> dict:
+    config = load_config("demo", ["search.enabled=true", f"search.space={space}", *settings])
+    return dict(search_node(SearchTask(config, "prepare:source")).sections)
+
+
+def test_a_space_is_known_by_what_it_holds(tmp_path: Path):
+    here, there = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    for path in (here, there):
+        path.write_text("training.optimizer.lr: {uniform: [0.1, 0.2]}")
+    before = sections(here)
+    assert sections(there) == before
+    assert sections(here, "search.max_concurrent=1") == before
+    here.write_text("training.optimizer.lr: {uniform: [0.1, 0.3]}")
+    assert sections(here) != before
+
+
+def started(directory: Path, num_trials: int, lr: float, trials: int = 0) -> Path:
+    directory.mkdir()
+    inputs = {"sections": {"search": {"num_trials": num_trials}, "training": {"lr": lr}}}
+    (directory / STARTED).write_text(json.dumps(inputs))
+    for number in range(trials):
+        (directory / TRIALS / str(number)).mkdir(parents=True)
+        (directory / TRIALS / str(number) / "trial.json").write_text(str(number))
+    return directory
+
+
+def test_a_longer_search_begins_with_the_trials_of_the_longest_equal_one(tmp_path: Path):
+    started(tmp_path / "short", 2, 0.1, trials=2)
+    started(tmp_path / "middle", 3, 0.1, trials=3)
+    started(tmp_path / "other", 9, 0.2, trials=9)
+    longer = started(tmp_path / "long", 4, 0.1)
+    _take_over(longer)
+    assert sorted(path.name for path in (longer / TRIALS).iterdir()) == ["0", "1", "2"]
+    assert len(list((tmp_path / "middle" / TRIALS).iterdir())) == 3
+
+
+def test_a_forced_search_takes_nothing_over(tmp_path: Path):
+    started(tmp_path / "short", 2, 0.1, trials=2)
+    forced = started(tmp_path / "long", 4, 0.1)
+    started(tmp_path / "long.superseded-1", 4, 0.1, trials=4)
+    _take_over(forced)
+    assert not (forced / TRIALS).exists()
