@@ -128,13 +128,14 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _promote(registry: Registry, options: argparse.Namespace) -> None:
-    from pipeline.evaluation.promotion import promotion_verdict
+    from pipeline.evaluation.promotion import paired_gain, promotion_verdict
     from pipeline.evaluation.records import Evaluation
 
     found = registry.resolve(options.reference)
     evaluation, control = Evaluation.load(options.evaluation), Evaluation.load(options.control)
     _check_network(registry, found, options.network, evaluation.model_digest)
-    verdict = promotion_verdict(evaluation, control, evaluation.audit)
+    paired = paired_gain(options.evaluation, options.control)
+    verdict = promotion_verdict(evaluation, control, evaluation.audit, paired=paired)
     if not verdict.allowed and not options.promote_anyway:
         reasons = "\n".join(f"  - {reason}" for reason in verdict.reasons)
         raise RefusedError(f"{found.reference} stays what it is:\n{reasons}\n(--promote-anyway REASON overrides this)")

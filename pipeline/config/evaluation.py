@@ -203,6 +203,9 @@ class CurveConfig(Section):
     """Only the first so many test images; none means all that are evaluated."""
 
 
+FULL_AUDIT_EXAMPLES = 1000
+
+
 class AuditConfig(Section):
     """The gradient-masking audit: how much work it may be."""
 
@@ -214,7 +217,7 @@ class AuditConfig(Section):
     @property
     def resolved_num_examples(self) -> int:
         """Number of images the checks look at."""
-        return self.num_examples or (1000 if self.budget == "full" else 128)
+        return self.num_examples or (FULL_AUDIT_EXAMPLES if self.budget == "full" else 128)
 
 
 class EvaluationConfig(Section):

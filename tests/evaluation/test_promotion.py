@@ -1,7 +1,8 @@
 import pytest
 
 from pipeline.config.evaluation import EvaluationConfig, ThreatModel
-from pipeline.evaluation import Accuracy, AuditReport, Check, Evaluation, difference, promotion_verdict
+from pipeline.evaluation import Accuracy, AuditReport, Check, Evaluation, difference, mcnemar, promotion_verdict
+from pipeline.evaluation.promotion import paired_gain
 from pipeline.evaluation.records import AttackResult
 
 THREAT = ThreatModel(eps=0.1)
@@ -67,6 +68,40 @@ def test_promotion_is_refused_with_the_reason(candidate, control, audit, reason)
     assert not verdict.allowed
     assert len(verdict.reasons) == 1
     assert re.search(reason, verdict.reasons[0])
+
+
+def test_a_full_audit_of_few_images_is_not_one():
+    few = report().model_copy(update={"n": 199})
+    verdict = promotion_verdict(evaluation(120), evaluation(100), few)
+    assert verdict.reasons == ("expected an audit of 200 images, got 199: leave evaluation.audit.num_examples unset",)
+
+
+def test_a_candidate_that_was_attacked_otherwise_than_its_control_is_not_compared():
+    control = evaluation(100)
+    stronger = control.config.model_copy(update={"attacks": control.config.attacks[:1]})
+    verdict = promotion_verdict(evaluation(120), control.model_copy(update={"config": stronger}), report())
+    assert verdict.reasons == ("candidate and control cannot be compared: other attacks, or in other strength",)
+
+
+def test_what_autoattack_warned_of_stands_in_the_statement():
+    warned = evaluation(120).model_copy(update={"warnings": ("autoattack: randomized defense",)})
+    assert "autoattack: randomized defense" in promotion_verdict(warned, evaluation(100), report()).statement
+
+
+def test_arrays_of_both_evaluations_make_the_comparison_paired(tmp_path):
+    import numpy as np
+
+    from pipeline.artifacts import digest_file
+
+    unions = np.arange(200) < 120, np.arange(200) < 100
+    for name, union in zip("ab", unions, strict=True):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "evaluation.npz", **{"correct/union": union})
+        sealed = {"arrays_sha256": digest_file(tmp_path / name / "evaluation.npz").sha256}
+        evaluation(int(union.sum())).model_copy(update=sealed).save(tmp_path / name)
+    assert paired_gain(tmp_path / "a", tmp_path / "b") == mcnemar(*unions)
+    (tmp_path / "b" / "evaluation.npz").unlink()
+    assert paired_gain(tmp_path / "a", tmp_path / "b") is None
 
 
 def test_all_reasons_are_given_at_once():

@@ -61,7 +61,7 @@ def write_evaluation(directory: Path, digest: str, correct: int, *, budget: str 
         per_class=(),
         warnings=(),
         arrays_sha256="a" * 64,
-        audit=AuditReport(budget=budget, n=10, threat=THREAT, model_digest=digest, checks=(check,)),  # type: ignore[arg-type]
+        audit=AuditReport(budget=budget, n=100, threat=THREAT, model_digest=digest, checks=(check,)),  # type: ignore[arg-type]
     ).save(directory)
 
 
