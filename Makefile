@@ -18,10 +18,11 @@ test-extended: setup-dev  ## minutes of waiting: for Ray's own timers (elastic t
 check: setup-dev lint  ## lint, types and the quick tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not chain and not extended and not slow and not gpu" -n auto --dist loadfile
 
-lint: setup-dev        ## ruff and mypy (strict)
+lint: setup-dev        ## ruff, mypy (strict), and the audit of the installed packages
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(PY) infra/audit.py
 
 format: setup-dev      ## rewrite in the house format
 	@$(PY) -m ruff check --fix .

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The MLflow UI over everything under runs/, on this machine alone. PORT=5001 make ui takes another port;
-# HOST=0.0.0.0 make ui opens it to the network, without a password: infra/mlflow/ has a server with one.
+# BIND=0.0.0.0 make ui opens it to the network, without a password: infra/mlflow/ has a server with one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 root="${SPARTA_RUNS:-$PWD/runs}"
-host="${HOST:-127.0.0.1}"
+host="${BIND:-127.0.0.1}"
 port="${PORT:-5000}"
 [ -f "$root/mlflow.db" ] || { echo "nothing to show: $root/mlflow.db does not exist; run make demo first" >&2; exit 1; }
 

@@ -3,12 +3,15 @@
 import re
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Section
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "gtsrb", "stl10", "npz", "folder"]
+DatasetName = Literal[
+    "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "gtsrb", "stl10", "npz", "folder"
+]
 LoaderName = Literal["auto", "ffcv", "memory"]
 Positive = Field(None, ge=1)
 
@@ -28,7 +31,7 @@ class DataConfig(Section):
     """A data set and how it becomes verified splits on disk."""
 
     dataset: DatasetName = "digits"
-    """digits: scikit-learn's, embedded. cifar10 ... stl10: through torchvision. npz and folder: your own, at `path`."""
+    """digits: scikit-learn's, embedded. mnist ... stl10: through torchvision. npz and folder: your own, at `path`."""
     path: str | None = None
     """npz: a file or an fsspec URL; folder: an ImageFolder tree. What is not found here is looked up in SPARTA_DATA."""
     root: Path = Path("data")
@@ -80,6 +83,12 @@ class DataConfig(Section):
                 f"data.path={self.path!r} has no meaning for data.dataset={self.dataset}; "
                 "set data.dataset to npz or folder, or data.root for torchvision's data sets"
             )
+        for key, location in (("path", self.path), ("mirror", self.mirror)):
+            if location and "://" in location and urlsplit(location).password:
+                raise ValueError(
+                    f"data.{key} expected an URL without a password, which would stand in every log; "
+                    "give it to fsspec's backend, for example by its environment variables"
+                )
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ValueError(f"data.classes expected at least two different classes, got {list(self.classes)}")
         if self.storage == "jpeg" and self.channels == 1:

@@ -1,4 +1,12 @@
-"""The one error of this package that a user sees, and the warning of the fallback."""
+"""The one error of this package that a user sees, the warning of the fallback, and what a damaged .npz raises."""
+
+import struct
+import zipfile
+import zlib
+
+# RuntimeError and NotImplementedError: an entry that claims to be encrypted, or packed in an unknown way.
+UNREADABLE_NPZ = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, OSError, RuntimeError)
+"""What numpy and zipfile raise for an archive that is damaged, or none, or holds pickled objects."""
 
 
 class DataError(ValueError):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config.base import one_line
 from pipeline.config.data import DataConfig
-from pipeline.data.errors import DataError
+from pipeline.data.errors import UNREADABLE_NPZ, DataError
 from pipeline.data.paths import resolve_path
 from pipeline.data.sources import Source, SourceSplit, checked_labels
 
@@ -60,8 +61,12 @@ def npz_source(config: DataConfig) -> Source:
     folder = _TemporaryFolder()
     try:
         arrays = {name: _unpack(path, name, folder.path) for name in _names(path)}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: expected an .npz file with {_LAYOUT}; it cannot be read ({error})") from error
+    except DataError:
+        raise
+    except UNREADABLE_NPZ as error:
+        raise DataError(
+            f"{path}: expected an .npz file with {_LAYOUT}; it cannot be read ({one_line(error)})"
+        ) from error
     _check(path, arrays)
     labels = {split: np.asarray(np.load(arrays[f"{split}_labels"])) for split in ("train", "test")}
     if "class_names" in arrays:

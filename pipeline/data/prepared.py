@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from pydantic import PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from pipeline.config.base import Section
 from pipeline.config.data import AugmentConfig, LoaderName
@@ -22,8 +22,8 @@ from pipeline.data.sidecar import RECORD_NAME, Sidecar, check_file, file_sha256,
 class SplitInfo(Section):
     """One split of prepared data."""
 
-    file: str
-    """File name, relative to the folder of the record."""
+    file: str = Field(pattern=r"^\w[\w.-]*$")
+    """File name in the folder of the record."""
     count: int
     """Number of images."""
     class_counts: tuple[int, ...]
@@ -100,6 +100,11 @@ class PreparedData(Section):
     def directory(self) -> Path:
         """The folder it was loaded from."""
         return self._directory
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the split files."""
+        return [split.file for split in self.splits.values()]
 
     def path(self, split: str) -> Path:
         """The file of a split.

@@ -1,13 +1,12 @@
 """Random access to the images of a verified split: through FFCV, or from memory. What a `Loader` reads from."""
 
-import zipfile
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.errors import DataError
+from pipeline.data.errors import UNREADABLE_NPZ, DataError
 from pipeline.data.samples import Pixels
 from pipeline.data.sidecar import Sidecar
 
@@ -103,7 +102,7 @@ def _npz_reader(path: Path, sidecar: Sidecar) -> MemoryReader:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except UNREADABLE_NPZ as error:
         raise DataError(f"{path}: expected the arrays images and labels ({error}); prepare again") from error
     shape = (sidecar.count, sidecar.image_size, sidecar.image_size, sidecar.channels)
     if images.dtype != np.uint8 or images.shape != shape or not _counts_match(labels, sidecar):

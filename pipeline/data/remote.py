@@ -38,6 +38,8 @@ def fetch_prepared(url: str) -> Path:
     Raises:
         DataError: it cannot be read, or a file did not arrive whole.
     """
+    from pipeline.data.prepared import PreparedData
+
     system, remote = _open_url(url)
     record = fetch_file(f"{url.rstrip('/')}/{RECORD_NAME}")
     content = record.read_bytes()
@@ -45,8 +47,8 @@ def fetch_prepared(url: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not (folder / RECORD_NAME).exists():
-            for split in json.loads(content)["splits"].values():
-                target = folder / split["file"]
+            for name in PreparedData.load(record.parent).files:
+                target = folder / name
                 for place in (sidecar_path(target), target):
                     _download(system, f"{remote.rstrip('/')}/{place.name}", place, url)
                 check_file(target, read_sidecar(target))
@@ -54,14 +56,19 @@ def fetch_prepared(url: str) -> Path:
     return folder
 
 
-def publish(directory: Path, url: str) -> None:
-    """Copy prepared data to a URL, the record last, leaving out files that are there already.
+def publish(directory: Path, url: str) -> str:
+    """Copy prepared data to a folder below a URL, the record last, leaving out files that are there already.
+
+    The folder is named by the data's digest, so other data, or changed ones, never write over what somebody reads.
+    Returns its URL, for `PreparedData.load`.
 
     Raises:
         DataError: it cannot be written.
     """
-    system, remote = _open_url(url)
-    names = [split["file"] for split in json.loads((directory / RECORD_NAME).read_text())["splits"].values()]
+    record = json.loads((directory / RECORD_NAME).read_text())
+    place = f"{url.rstrip('/')}/{record['digest'][:16]}"
+    system, remote = _open_url(place)
+    names = [split["file"] for split in record["splits"].values()]
     try:
         system.makedirs(remote, exist_ok=True)
         for name in [part for file in names for part in (file, f"{file}.json")] + [RECORD_NAME]:
@@ -69,6 +76,7 @@ def publish(directory: Path, url: str) -> None:
                 system.put_file(str(directory / name), f"{remote.rstrip('/')}/{name}")
     except (OSError, ValueError) as error:
         raise DataError(f"data.mirror={url}: cannot be written ({error}); check the address and credentials") from error
+    return place
 
 
 def copy_to_node(path: Path, cache: Path) -> Path:

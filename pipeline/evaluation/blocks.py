@@ -7,7 +7,6 @@ not depend on which worker took which block, and an evaluation that was killed g
 import hashlib
 import os
 import uuid
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import canonical
 from pipeline.config.evaluation import AttackConfig, EvaluationConfig, PGDAttack, ThreatModel, TransferAttack
+from pipeline.data.errors import UNREADABLE_NPZ
 from pipeline.evaluation.attacks import run_attack
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -240,5 +240,5 @@ def load_arrays(path: Path) -> Arrays | None:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except UNREADABLE_NPZ:
         return None

@@ -20,6 +20,7 @@ from pipeline.data import DataError, FfcvMissingWarning, PreparedData, prepare
 from pipeline.data.folder import folder_source
 from pipeline.data.npz import npz_source
 from pipeline.data.sidecar import read_sidecar
+from pipeline.evaluation.blocks import load_arrays
 from pipeline.training import ModelMeta, load_model, save_model
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.files import DamagedFilesError, sha256_of
@@ -95,6 +96,12 @@ def npz(arrays: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def packed(arrays: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
 ARRAYS = {
     "train_images": np.zeros((6, 4, 4, 3), np.uint8),
     "train_labels": np.arange(6) % 2,
@@ -102,6 +109,7 @@ ARRAYS = {
     "test_labels": np.arange(4) % 2,
     "class_names": np.array(["a", "b"]),
 }
+PACKED = packed({**ARRAYS, "train_images": np.random.default_rng(0).integers(0, 255, (6, 4, 4, 3), np.uint8)})
 TYPES = ["u1", "i8", "f4", "U3", "M8[s]", "c8", "?", "V4"]
 WRONG = st.one_of(
     st.just(np.array([{}, None, 3], dtype=object)),
@@ -120,7 +128,7 @@ def archives(draw: st.DrawFn) -> bytes:
             arrays[name] = draw(WRONG)
         else:
             arrays.pop(name, None)
-    return draw(st.just(npz(arrays)) | spoilt(npz(ARRAYS)))
+    return draw(st.just(npz(arrays)) | spoilt(npz(ARRAYS)) | spoilt(PACKED))
 
 
 def test_npz_data_sets_are_refused(tmp_path: Path) -> None:
@@ -129,6 +137,17 @@ def test_npz_data_sets_are_refused(tmp_path: Path) -> None:
     use = rewriting(file, lambda: npz_source(config))
     file.touch()
     all_refused(archives(), use, DataError, count=300, unchanged=tmp_path)
+
+
+def test_damaged_blocks_of_an_evaluation_count_as_missing(tmp_path: Path) -> None:
+    file = tmp_path / "block.npz"
+    file.touch()
+
+    def read() -> None:
+        if load_arrays(file) is None:
+            raise LookupError("missing")
+
+    all_refused(spoilt(PACKED), rewriting(file, read), LookupError, count=100, unchanged=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/escaped", "a/b", "..\\escaped", "x" * 300])
