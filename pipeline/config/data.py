@@ -69,7 +69,8 @@ class DataConfig(Section):
     node_cache: Path | None = None
     """A folder on each node's own disk: files are copied there once per node, verified, and read from there."""
     mirror: str | None = None
-    """An fsspec URL (s3://, gs://, file://) that gets a copy of the prepared files; for nodes that share no folder."""
+    """An fsspec URL (s3://, gs://, file://) that gets a copy of the prepared files, in a folder named by their digest;
+    workers read that copy. For nodes that share no folder."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":

@@ -4,6 +4,7 @@ from pipeline.data.build import identity, prepare
 from pipeline.data.errors import DataError, FfcvMissingWarning
 from pipeline.data.loader import Loader
 from pipeline.data.prepared import PreparedData, SplitInfo, open_split
+from pipeline.data.remote import publish
 
 __all__ = [
     "DataError",
@@ -14,4 +15,5 @@ __all__ = [
     "identity",
     "open_split",
     "prepare",
+    "publish",
 ]

@@ -15,6 +15,7 @@ from pipeline.data.apart import FfcvUnusableError, ffcv_installed, write_apart
 from pipeline.data.errors import DataError, FfcvMissingWarning
 from pipeline.data.paths import resolve_path
 from pipeline.data.prepared import PreparedData, SplitInfo, data_digest
+from pipeline.data.remote import publish
 from pipeline.data.samples import Samples
 from pipeline.data.sidecar import RECORD_NAME, Sidecar, Storage, read_sidecar, sampled_digest, write_json
 from pipeline.data.sources import Source, open_source
@@ -49,8 +50,6 @@ def prepare(config: DataConfig, directory: Path, *, seed: int) -> PreparedData:
             use = {"loader": config.loader, "node_cache": config.node_cache}
             write_json(directory / RECORD_NAME, existing.model_copy(update=use).model_dump(mode="json"))
         if config.mirror is not None:
-            from pipeline.data.remote import publish
-
             publish(directory, config.mirror)
     return PreparedData.load(directory)
 

@@ -1,4 +1,8 @@
-"""Torchvision's data sets, downloaded when absent."""
+"""Torchvision's data sets, downloaded when absent.
+
+CIFAR's files are Python pickles. Torchvision compares them with the published MD5 digests before it opens any of them,
+so only the authors' own bytes are ever unpickled; SVHN and STL-10 are compared likewise, and hold arrays alone.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +16,8 @@ from pipeline.data.folder import FileImages
 from pipeline.data.sources import Source, SourceSplit
 
 _FILES = {
+    "mnist": "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
+    "fashion_mnist": "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
     "cifar10": "cifar-10-python.tar.gz",
     "cifar100": "cifar-100-python.tar.gz",
     "svhn": "train_32x32.mat and test_32x32.mat",
@@ -21,7 +27,7 @@ _FILES = {
 
 
 def vision_source(config: DataConfig) -> Source:
-    """CIFAR-10, CIFAR-100, SVHN, GTSRB or STL-10 from `config.root`.
+    """MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100, SVHN, GTSRB or STL-10 from `config.root`.
 
     Raises:
         DataError: the files are neither there nor to be had; says which belong where.
@@ -29,6 +35,8 @@ def vision_source(config: DataConfig) -> Source:
     from torchvision import datasets
 
     open_split: dict[str, Callable[..., Any]] = {
+        "mnist": lambda train, **rest: datasets.MNIST(train=train, **rest),
+        "fashion_mnist": lambda train, **rest: datasets.FashionMNIST(train=train, **rest),
         "cifar10": lambda train, **rest: datasets.CIFAR10(train=train, **rest),
         "cifar100": lambda train, **rest: datasets.CIFAR100(train=train, **rest),
         "svhn": lambda train, **rest: datasets.SVHN(split="train" if train else "test", **rest),
@@ -38,8 +46,9 @@ def vision_source(config: DataConfig) -> Source:
     opened = {split: _opened(open_split[config.dataset], config, train) for split, train in _SPLITS.items()}
     splits = {split: _split(dataset) for split, dataset in opened.items()}
     names = _class_names(opened["train"], splits["train"])
-    size = {"gtsrb": 32, "stl10": 96}.get(config.dataset, 32)
-    return Source(config.dataset, names, splits, size=size, channels=3)
+    grey = config.dataset in ("mnist", "fashion_mnist")
+    size = 28 if grey else 96 if config.dataset == "stl10" else 32
+    return Source(config.dataset, names, splits, size=size, channels=1 if grey else 3)
 
 
 _SPLITS = {"train": True, "test": False}
@@ -47,17 +56,20 @@ _SPLITS = {"train": True, "test": False}
 
 def _opened(factory: Callable[..., Any], config: DataConfig, train: bool) -> Any:
     root = config.root.expanduser()
+    # Of MNIST's files torchvision looks at the names alone, so damage shows itself while reading.
+    troubles = (OSError, RuntimeError, ValueError, AssertionError, LookupError)
     try:
         return factory(train=train, root=root, download=False)
-    except (RuntimeError, FileNotFoundError):
+    except troubles:
         pass
     try:
         root.mkdir(parents=True, exist_ok=True)
         return factory(train=train, root=root, download=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except troubles as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
-            f"data.dataset={config.dataset}: not in {root.absolute()}, and the download failed ({error}). "
-            f"Put {_FILES[config.dataset]} into {root.absolute()}, or set data.root to where it is"
+            f"data.dataset={config.dataset}: not in {root.absolute()}, or damaged there, and the download failed "
+            f"({reason}). Put {_FILES[config.dataset]} into {root.absolute()}, or set data.root to where it is"
         ) from error
 
 
@@ -66,9 +78,10 @@ def _split(dataset: Any) -> SourceSplit:
         paths = [Path(path) for path, _ in dataset._samples]
         labels = np.array([label for _, label in dataset._samples], dtype=np.int64)
         return SourceSplit(FileImages(paths), labels, _tracks(paths))
-    labels = np.asarray(getattr(dataset, "targets", None) or dataset.labels).astype(np.int64)
+    labels = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels).astype(np.int64)
     data = np.asarray(dataset.data)
-    return SourceSplit(data if data.shape[-1] == 3 else data.transpose(0, 2, 3, 1), labels)
+    planar = data.ndim == 4 and data.shape[-1] != 3
+    return SourceSplit(data.transpose(0, 2, 3, 1) if planar else data, labels)
 
 
 def _tracks(paths: list[Path]) -> np.typing.NDArray[np.int64]:

@@ -16,6 +16,7 @@ from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
 from pipeline.evaluation.suite import evaluate, evaluate_shard
 from pipeline.stages.node import Node, StageContext, StageResult
+from pipeline.stages.prepare import workers_data
 from pipeline.training import load_model
 
 
@@ -43,6 +44,8 @@ class Judgement:
     evaluation: EvaluationConfig
     output: Path
     seed: int
+    num_examples: int
+    """Test images that are judged."""
     shard: int | None = None
     num_shards: int = 1
 
@@ -97,21 +100,21 @@ def _opened(work: Judgement) -> tuple[torch.nn.Module, PreparedData, dict[str, A
 
 
 def _num_shards(work: Judgement, slots: int) -> int:
-    n = work.evaluation.num_examples or PreparedData.load(work.data).splits["test"].count
-    return min(slots, -(-n // work.evaluation.block_size))
+    return min(slots, -(-work.num_examples // work.evaluation.block_size))
 
 
 def _judgement(context: StageContext[EvaluateTask]) -> Judgement:
     task, upstream = context.task, context.upstream
-    prepared = PreparedData.load(upstream[task.data].directory)
+    prepared, data = workers_data(context, task.data)
     context.run.dataset(prepared.name, prepared.digest, context="test")
     return Judgement(
         model=upstream[task.model].directory / "model",
         reference=upstream[task.reference].directory / "model",
-        data=prepared.directory,
+        data=data,
         evaluation=task.evaluation,
         output=context.directory,
         seed=task.seed,
+        num_examples=task.evaluation.num_examples or prepared.splits["test"].count,
     )
 
 

@@ -1,9 +1,11 @@
 """prepare: a data set becomes verified files that every worker can read."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from pipeline.config.data import DataConfig
-from pipeline.data import identity, prepare
+from pipeline.data import PreparedData, identity, prepare, publish
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 
 
@@ -29,3 +31,16 @@ def _prepare(context: StageContext[PrepareTask]) -> StageResult:
 
 
 run_prepare = one_by_one(_prepare)
+
+
+def workers_data(context: StageContext[Any], key: str) -> tuple[PreparedData, Path]:
+    """The data of the prepare node `key`, and where workers on any node find them.
+
+    That is the node's folder or, with `data.mirror`, their place in the mirror. The mirror is no part of the data's
+    identity, so it may be set after they were prepared: what it lacks is sent now.
+    """
+    directory, config = context.upstream[key].directory, context.services.config
+    prepared = PreparedData.load(directory)
+    own = {f"prepare:{target.name}": target.data for target in config.transfer if target.data is not None}
+    mirror = own.get(key, config.data).mirror
+    return prepared, directory if mirror is None else Path(publish(directory, mirror))

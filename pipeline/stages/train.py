@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import TrainingFailed, launch_many
+from pipeline.cluster import launch_many
 from pipeline.config.data import AugmentConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import TrainingConfig
-from pipeline.data import PreparedData
 from pipeline.stages.freeze import FrozenBank
 from pipeline.stages.node import Node, StageContext, StageResult
+from pipeline.stages.prepare import workers_data
 from pipeline.tracking import Entry
 from pipeline.training import TrainedModel, TrainJob
 
@@ -69,7 +69,7 @@ def run_training(contexts: Sequence[StageContext[TrainTask]]) -> Sequence[StageR
     results = launch_many(list(jobs.values()), contexts[0].services.config.scaling, on_progress=on_progress)
     by_key = {context.key: context for context in contexts}
     for key, result in zip(jobs, results, strict=True):
-        outcomes[key] = result if isinstance(result, TrainingFailed) else _result(by_key[key], result)
+        outcomes[key] = result if isinstance(result, Exception) else _result(by_key[key], result)
     return [outcomes[context.key] for context in contexts]
 
 
@@ -87,13 +87,13 @@ def progress_line(key: str, entry: Entry, epochs: int) -> str | None:
 
 def _job(context: StageContext[TrainTask]) -> TrainJob:
     task = context.task
-    prepared = PreparedData.load(context.upstream[task.data].directory)
+    prepared, data = workers_data(context, task.data)
     context.run.dataset(prepared.name, prepared.digest, context="training")
     context.run.mirror(context.directory / JOURNAL)
     bank = None if task.bank is None else _bank(context, task.bank)
     return TrainJob(
         model=task.model,
-        data=context.upstream[task.data].directory,
+        data=data,
         augment=task.augment,
         training=task.training,
         seed=task.seed,

@@ -1,8 +1,5 @@
 """Images as people have them: every mode, damage, folders, torchvision's data sets."""
 
-import pickle
-import urllib.error
-
 import numpy as np
 import pytest
 from data_sets import picture, write_folder
@@ -172,61 +169,3 @@ def test_jpeg_storage_keeps_shapes_up_to_max_side(photos):
     assert len(np.unique(reader.shapes, axis=0)) > 3
     assert reader.shapes.max() == 100
     reader.close()
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn", "gtsrb", "stl10"])
-def test_offline_says_where_the_files_belong(monkeypatch, tmp_path, dataset):
-    def offline(*_, **__):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr("urllib.request.urlopen", offline)
-    with pytest.raises(DataError, match=f"dataset={dataset}: not in .*no route to host.* Put .* into .*{tmp_path}"):
-        open_source(DataConfig(dataset=dataset, root=tmp_path))
-
-
-def test_cifar10_files_are_read_as_torchvision_keeps_them(monkeypatch, tmp_path):
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
-    for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:
-        (folder / name).write_bytes(pickle.dumps({"data": pixels.reshape(10, -1), "labels": list(range(10))}))
-    names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    source = open_source(DataConfig(dataset="cifar10", root=tmp_path))
-    assert source.class_names == tuple(names)
-    assert len(source.splits["train"].labels) == 50
-    assert (np.asarray(source.splits["test"].images[3]) == pixels[3].transpose(1, 2, 0)).all()
-    assert source.splits["test"].labels.tolist() == list(range(10))
-
-
-@pytest.mark.parametrize("dataset", ["svhn", "stl10"])
-def test_planar_arrays_are_turned(monkeypatch, tmp_path, dataset):
-    size = {"svhn": 32, "stl10": 96}[dataset]
-    planar = np.random.default_rng(0).integers(0, 256, (4, 3, size, size), dtype=np.uint8)
-
-    class Opened:
-        def __init__(self, **_):
-            self.data, self.labels = planar, np.array([3, 1, 2, 0])
-
-    monkeypatch.setattr(f"torchvision.datasets.{dataset.upper()}", Opened)
-    source = open_source(DataConfig(dataset=dataset, root=tmp_path))
-    assert (source.splits["train"].images[1] == planar[1].transpose(1, 2, 0)).all()
-    assert (source.size, source.channels, len(source.class_names)) == (size, 3, 4)
-
-
-def test_gtsrb_tracks_are_groups(tmp_path):
-    for label in range(2):
-        folder = tmp_path / "gtsrb" / "GTSRB" / "Training" / f"{label:05d}"
-        folder.mkdir(parents=True)
-        for track in range(3):
-            for frame in range(2):
-                picture(track, 30, 33).save(folder / f"{track:05d}_{frame:05d}.ppm")
-    test = tmp_path / "gtsrb" / "GTSRB" / "Final_Test" / "Images"
-    test.mkdir(parents=True)
-    picture(9, 30, 30).save(test / "00000.ppm")
-    (tmp_path / "gtsrb" / "GT-final_test.csv").write_text("Filename;ClassId\n00000.ppm;1\n")
-    source = open_source(DataConfig(dataset="gtsrb", root=tmp_path))
-    assert source.splits["train"].groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert source.splits["test"].labels.tolist() == [1]
-    assert source.size == 32

@@ -83,19 +83,26 @@ def test_prepared_data_are_read_from_the_mirror_on_a_node_that_has_nothing(rgb_c
     shutil.rmtree(here.directory)
     with pytest.raises(DataError, match=r"for several nodes use a shared folder, or set data\.mirror"):
         PreparedData.load(here.directory)
-    there = PreparedData.load(Path(bucket))
+    there = PreparedData.load(Path(bucket) / here.digest[:16])
     assert there.digest == here.digest
     assert torch.equal(train_images(there), images)
-    assert PreparedData.load(bucket).directory == there.directory
+    assert PreparedData.load(f"{bucket}/{here.digest[:16]}").directory == there.directory
 
 
 def test_a_file_that_does_not_arrive_whole_is_refused(rgb_npz, bucket):
-    publish(rgb_npz.directory, bucket)
+    place = publish(rgb_npz.directory, bucket)
     store = fsspec.filesystem("memory")
-    content = store.cat_file(f"{bucket}/train.npz")
-    store.pipe(f"{bucket}/train.npz", content[:-100])
+    content = store.cat_file(f"{place}/train.npz")
+    store.pipe(f"{place}/train.npz", content[:-100])
     with pytest.raises(DataError, match="truncated or half-written"):
-        PreparedData.load(bucket)
+        PreparedData.load(place)
+
+
+def test_two_data_sets_in_one_mirror_do_not_meet(rgb_npz, bucket, tmp_path):
+    path = write_npz(tmp_path / "other.npz", train=66)
+    other = prepare(DataConfig(dataset="npz", path=str(path)), tmp_path / "other", seed=0)
+    places = [publish(prepared.directory, bucket) for prepared in (rgb_npz, other)]
+    assert [PreparedData.load(place).digest for place in places] == [rgb_npz.digest, other.digest]
 
 
 def test_publishing_twice_sends_nothing_anew(rgb_npz, bucket, monkeypatch):
