@@ -51,7 +51,7 @@ def logits(x: Tensor, weight: Tensor, pooled: Tensor, bias: Tensor | None, dilat
 class _AttentionGate(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, pooled: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-        operators = kernel_for(x, weight, dilation)
+        operators = kernel_for("attention", x, weight, dilation)
         if operators is None:
             return reference(x, weight, pooled, bias, dilation)
         y: Tensor = operators.attention_forward(*for_kernel(x, weight, bias), _rows(pooled))
@@ -67,7 +67,7 @@ class _AttentionGate(torch.autograd.Function):
         inputs = x, weight, pooled, bias = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], *(needed(ctx, i) for i in (1, 2, 3))]
         create_graph = torch.is_grad_enabled()
-        operators = None if create_graph else kernel_for(x, weight, ctx.dilation)
+        operators = None if create_graph else kernel_for("attention", x, weight, ctx.dilation)
         if operators is not None:
             return *_by_kernel(operators, grads[0], inputs, needs), None
         with torch.enable_grad():

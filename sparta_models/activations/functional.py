@@ -43,7 +43,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1)
 class _DepthwiseGate(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-        operators = kernel_for(x, weight, dilation)
+        operators = kernel_for("gate", x, weight, dilation)
         if operators is None:
             return reference(x, weight, bias, dilation)
         y: Tensor = operators.gate_forward(*for_kernel(x, weight, bias))
@@ -62,7 +62,7 @@ class _DepthwiseGate(torch.autograd.Function):
             # With a graph of their own, for second derivatives.
             y = reference(x, weight, bias, ctx.dilation)
             return *gradients(y, grads[0], inputs, needs, create_graph=True), None
-        operators = kernel_for(x, weight, ctx.dilation)
+        operators = kernel_for("gate", x, weight, ctx.dilation)
         if operators is None:
             return *_by_operators(grads[0], inputs, needs, ctx.dilation), None
         return *_by_kernel(operators, grads[0], inputs, needs), None

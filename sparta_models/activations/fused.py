@@ -7,22 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparta_models.kernels import kernel
+from sparta_models.kernels import kernel, triton_kernel
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
 
 
-def kernel_for(x: Tensor, weight: Tensor, dilation: int) -> Any:
-    """The operators that serve x (B, C, H, W) with kernels `weight` (C, 1, k, k); None where torch's have to."""
+def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int) -> Any:
+    """What holds `name`_forward and `name`_backward for x (B, C, H, W) and kernels `weight` (C, 1, k, k); None where
+    torch's operators have to serve."""
     fits = (
-        x.device.type == "cpu"
-        and x.dtype in _KERNEL_TYPES
+        x.dtype in _KERNEL_TYPES
         and weight.shape[-1] == 3
         and dilation == 1
         and x.numel() > 0
         and type(x) in (Tensor, torch.nn.Parameter)
     )
-    return kernel() if fits else None
+    if fits and x.device.type == "cpu":
+        return kernel()
+    # On a GPU two copies of the layout would cost more than the kernel saves.
+    if fits and x.device.type == "cuda" and name == "gate" and layout(x) == torch.channels_last:
+        return triton_kernel()
+    return None
 
 
 def for_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,7 +1,7 @@
 """The compiled kernels of the gates: built at first use by the machine's own C++ compiler, kept in a cache.
 
 Nothing here runs at import. Where no compiler is found, or SPARTA_KERNEL=off is set, the operators of torch take over,
-with the same results; `kernel_status()` says which of the two it is, and why.
+with the same results; `kernel_status()` says which of the two it is, and why. For a GPU see `gate_triton`.
 
 Cache: $SPARTA_CACHE, else $XDG_CACHE_HOME/sparta_models, else ~/.cache/sparta_models. A file's name holds the digest of
 sources, torch version, flags, compiler and processor.
@@ -30,8 +30,20 @@ def kernel() -> ModuleType | None:
     return _state()[0]
 
 
+@cache
+def triton_kernel() -> ModuleType | None:
+    """Return the operators for a GPU; None where Triton isn't installed, or with SPARTA_KERNEL=off."""
+    if os.environ.get("SPARTA_KERNEL", "auto") == "off":
+        return None
+    try:
+        from sparta_models.kernels import gate_triton
+    except ImportError:
+        return None
+    return gate_triton
+
+
 def kernel_status() -> str:
-    """Say whether the compiled kernel is in use, and if not, why."""
+    """Say whether the compiled kernel of the CPU is in use, and if not, why."""
     return _state()[1]
 
 
