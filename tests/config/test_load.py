@@ -69,7 +69,7 @@ def test_overlay_is_checked_like_a_file() -> None:
         ("model.name=resnet9", r"model\.name: unknown model 'resnet9'; known: .*resnet8"),
         ("model.activation.name=rulu", r"model\.activation: unknown activation 'rulu'; known: .*relu"),
         ("model.activation.options.kernal=3", r"model\.activation: .*kernal"),
-        ("data.dataset=mnist", r"data\.dataset: .*'digits'.*got 'mnist'"),
+        ("data.dataset=emnist", r"data\.dataset: .*'digits'.*got 'emnist'"),
         ("training.method.kind=fgsm", r"training\.method: .*pgd_at"),
         ("transfer.7.name=x", r"expected an index below 2 at '7'"),
         ("transfer.1.name=deeper", r"got twice: deeper"),

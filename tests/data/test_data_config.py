@@ -12,7 +12,7 @@ from pipeline.config.data import AugmentConfig, DataConfig, RandomResizedCropCon
         ({"dataset": "npz"}, "dataset=npz needs data.path"),
         ({"dataset": "folder"}, "dataset=folder needs data.path"),
         ({"path": "x.npz"}, "path='x.npz' has no meaning for data.dataset=digits"),
-        ({"dataset": "imagenet"}, "'digits', 'cifar10'"),
+        ({"dataset": "imagenet"}, "'digits', 'mnist'"),
         ({"datset": "digits"}, "datset"),
         ({"classes": (1,)}, "at least two different classes"),
         ({"classes": (1, 1)}, "at least two different classes"),
