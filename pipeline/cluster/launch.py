@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel
 
 from pipeline.cluster.capacity import Capacity, preflight, uses_gpu, worker_bundle
-from pipeline.cluster.outcome import clear_stop, failed, load_outcome, request_stop, stop_requested
+from pipeline.cluster.outcome import clear_stop, failed, load_outcome, request_stop, stop_requested, stopped
 from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.worker import Job, Train, Work, run_work
 from pipeline.config.scaling import ScalingConfig
 from pipeline.tracking.journal import Entry, read_journal
 
 if TYPE_CHECKING:
-    from pipeline.training import TrainedModel, TrainJob
+    from pipeline.training import TrainedModel, TrainingStopped, TrainJob
 
 Result = TypeVar("Result", bound=BaseModel)
 OnProgress = Callable[[Any, Entry], None]
@@ -44,21 +44,22 @@ class TrainingFailed(Exception):  # noqa: N818 - reads as the sentence it is
 
 
 def launch(job: "TrainJob", scaling: ScalingConfig, *, on_progress: OnProgress | None = None) -> "TrainedModel":
-    """Train one job in Ray Train workers; see `launch_many`. Raises TrainingFailed or ClusterTooSmall."""
+    """Train one job in Ray Train workers; see `launch_many`. Raises what became of it, or ClusterTooSmall."""
     (result,) = launch_many([job], scaling, on_progress=on_progress)
-    if isinstance(result, TrainingFailed):
+    if isinstance(result, Exception):
         raise result
     return result
 
 
 def launch_many(
     jobs: Sequence["TrainJob"], scaling: ScalingConfig, *, on_progress: OnProgress | None = None
-) -> "list[TrainedModel | TrainingFailed]":
+) -> "list[TrainedModel | TrainingFailed | TrainingStopped]":
     """Train independent jobs; one result for each, in order. A job that fails does not take the others along.
 
     Every job has the workers and the result that it would have alone. A worker or node that dies is replaced and the
     job resumes from its own last checkpoint, at most `scaling.max_failures` times. Interrupted by an exception such as
-    KeyboardInterrupt, the jobs are asked to checkpoint and stop before it goes on.
+    KeyboardInterrupt, the jobs are asked to checkpoint and stop before it goes on. A job that somebody else asked (by a
+    file `stop` in its directory) comes back as TrainingStopped: called again, it goes on from its checkpoint.
 
     Raises ClusterTooSmall when the cluster can never hold one job, ConnectionError when it does not answer.
     """
@@ -75,7 +76,7 @@ def run_jobs(
     result_type: type[Result],
     on_progress: OnProgress | None = None,
     run: str | None = None,
-) -> list[Result | TrainingFailed]:
+) -> "list[Result | TrainingFailed | TrainingStopped]":
     """`launch_many` for any `train(job, context)` that returns a `result_type`. Outcomes are filed under `run`."""
     if cluster_address(scaling) is None:
         preflight(scaling)  # refused before a Ray of its own is started
@@ -134,7 +135,7 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
     from ray.train import WorkerGroupError
 
     pending = list(work.jobs)
-    while pending and not stop_requested(pending[0].output):
+    while pending:
         error: Exception = RuntimeError("left no outcome; put its output on a filesystem that all nodes share")
         try:
             _fit(replace(work, jobs=pending), scaling, capacity)
@@ -145,9 +146,13 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
         except Exception as failure:  # no workers, or no cluster any more: the next attempt would end the same way
             error, settled = failure, len(pending)
         unsettled = [job for job in pending if load_outcome(job.output, work.run) is None]
+        asked = [job for job in unsettled if stop_requested(job.output)]
+        for job in asked:
+            stopped(work.run, "stopped on request; the same job goes on from its last checkpoint").save(job.output)
         for job in unsettled[:settled]:
-            failed(work.run, error).save(job.output)
-        pending = unsettled[settled:]
+            if job not in asked:
+                failed(work.run, error).save(job.output)
+        pending = [job for job in unsettled[settled:] if job not in asked]
 
 
 def _fit(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
@@ -204,9 +209,13 @@ def _has_dashboard() -> bool:
     return node is None or bool(node.webui_url)
 
 
-def _result(job: Job, run: str, result_type: type[Result]) -> Result | TrainingFailed:
+def _result(job: Job, run: str, result_type: type[Result]) -> "Result | TrainingFailed | TrainingStopped":
+    from pipeline.training import TrainingStopped
+
     outcome = load_outcome(job.output, run)
     assert outcome is not None, "every job is settled when its group ends"
     if outcome.state == "done":
         return result_type.model_validate(outcome.result)
+    if outcome.state == "stopped":
+        return TrainingStopped(outcome.error)
     return TrainingFailed(outcome.error, outcome.details)

@@ -23,11 +23,11 @@ class Outcome(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
-    state: Literal["done", "failed"]
+    state: Literal["done", "failed", "stopped"]
     result: dict[str, Any] = {}
     """What the job returned, as JSON."""
     error: str = ""
-    """Type and message of the exception, on one line."""
+    """Type and message of the exception, on one line; of a stopped job, where it stopped."""
     details: str = ""
     """Its traceback."""
 
@@ -54,6 +54,11 @@ def failed(run: str, error: BaseException) -> Outcome:
     """The outcome of a job that raised."""
     details = "".join(traceback.format_exception(error))
     return Outcome(run=run, state="failed", error=f"{type(error).__name__}: {error}", details=details)
+
+
+def stopped(run: str, where: str) -> Outcome:
+    """The outcome of a job that stopped because it was asked to; in the next run it goes on."""
+    return Outcome(run=run, state="stopped", error=where)
 
 
 def request_stop(output: Path) -> None:

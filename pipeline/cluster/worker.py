@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from pydantic import BaseModel
 
-from pipeline.cluster.outcome import done, failed, load_outcome, stop_requested
+from pipeline.cluster.outcome import done, failed, load_outcome, stop_requested, stopped
 
 
 class Job(Protocol):
@@ -38,12 +38,11 @@ def run_work(work: Work) -> None:
 
     A job that raises for a reason of its own is settled as failed. With other workers in the group the exception is
     raised too, because they may be waiting in a collective: the group is started again and goes on with the next job.
+    A job that is asked to stop ends after its next step, where all workers agree on it.
     """
     # One line for every report of every worker, at a level that RunConfig.logging_config does not reach.
     logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     for job in work.jobs:
-        if stop_requested(job.output):
-            return
         if load_outcome(job.output, work.run) is None:
             _run_job(job, work)
 
@@ -54,8 +53,10 @@ def _run_job(job: Job, work: Work) -> None:
     context = _context(job)
     try:
         result = work.train(job, context)
-    except TrainingStopped:
-        return  # asked for by the driver, which is on its way out
+    except TrainingStopped as stop:
+        if context.rank == 0:
+            stopped(work.run, str(stop)).save(job.output)
+        return
     except Exception as error:
         if worth_retrying(error):
             raise

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 
+from pipeline.cluster.outcome import request_stop
 from pipeline.tracking.journal import Journal
-from pipeline.training import Context, EpochRecord, TrainedModel, TrainJob
+from pipeline.training import Context, EpochRecord, TrainedModel, TrainingStopped, TrainJob
 
 
 class ToyJob(BaseModel):
@@ -41,6 +42,8 @@ def toy_train(job: ToyJob, context: Context) -> ToyResult:
         if journal:
             journal.log({"epoch": epoch}, epoch)
         context.report({"epoch": epoch}, None)
+        if context.stop_requested():
+            raise TrainingStopped(f"stopped on request after step {epoch}")
     return ToyResult(seed=job.seed, world_size=context.world_size, total=total.item(), backend=dist.get_backend())
 
 
@@ -48,6 +51,8 @@ def _go_wrong(job: ToyJob) -> None:
     attempts = job.output / "attempts"
     with attempts.open("a") as file:
         file.write("x")
+    if job.fault == "stop":
+        request_stop(job.output)
     if job.fault == "value":
         raise ValueError("expected something else")
     if job.fault == "kill once" and len(attempts.read_text()) == 1:

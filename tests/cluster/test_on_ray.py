@@ -1,5 +1,6 @@
 """Launching and searching on a real Ray, one for all tests of this file; trainings are toys unless said otherwise."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pipeline.config.chain import ChainConfig
 from pipeline.config.load import load_config, overlay
 from pipeline.config.scaling import ScalingConfig
 from pipeline.data import prepare
-from pipeline.training import Context, TrainedModel, TrainJob, train
+from pipeline.training import Context, TrainedModel, TrainingStopped, TrainJob, train
 
 pytestmark = [
     pytest.mark.ray,
@@ -36,9 +37,9 @@ def ray_session(_workers_find_the_toys):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, ray_session):
-    """Four jobs launched together on two workers: two are well, one raises, one has a worker killed once."""
+    """Launched together on two workers: two are well, one raises, one has a worker killed once, one is to stop."""
     root = tmp_path_factory.mktemp("launched")
-    faults = ("", "value", "kill once", "")
+    faults = ("", "value", "kill once", "", "stop")
     jobs = [ToyJob(output=root / str(n), seed=n, fault=fault) for n, fault in enumerate(faults)]
     heard: list[tuple[int, int]] = []
     results = run_jobs(
@@ -69,6 +70,13 @@ def test_a_worker_that_is_killed_is_replaced_and_its_job_comes_to_its_result(lau
     jobs, results, _ = launched
     assert results[2].total == 6.0
     assert (jobs[2].output / "attempts").read_text() == "xx"
+
+
+def test_a_job_that_is_asked_to_stop_is_told_apart_from_one_that_failed(launched):
+    jobs, results, _ = launched
+    assert isinstance(results[4], TrainingStopped)
+    assert str(results[4]) == "stopped on request after step 2"
+    assert json.loads((jobs[4].output / "outcome.json").read_text())["state"] == "stopped"
 
 
 def test_the_driver_hears_of_every_epoch_once(launched):
