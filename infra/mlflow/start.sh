@@ -41,7 +41,13 @@ fi
 scratch="$(mktemp -d)"
 MLFLOW_AUTH_CONFIG_PATH="$scratch/auth.ini"
 export MLFLOW_AUTH_CONFIG_PATH
-printf '[mlflow]\ndefault_permission = READ\ndatabase_uri = %s\n' "$MLFLOW_BACKEND_STORE_URI" >"$MLFLOW_AUTH_CONFIG_PATH"
+# The cache spares every request a slow password hash; a changed password counts after a minute at the latest.
+cat >"$MLFLOW_AUTH_CONFIG_PATH" <<END
+[mlflow]
+default_permission = READ
+database_uri = $MLFLOW_BACKEND_STORE_URI
+auth_cache_ttl_seconds = 60
+END
 
 export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false
 exec mlflow server --app-name basic-auth --host "${HOST:-127.0.0.1}" --port "${PORT:-5000}" --workers "${WORKERS:-1}"

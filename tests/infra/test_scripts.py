@@ -32,10 +32,7 @@ def test_runtime_environment_is_one_ray_accepts_and_holds_no_secret() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize(("override", "code"), [("training.epochs=-1", 2), ("scaling.num_workers=64", 3)])
-def test_slurm_script_starts_ray_passes_the_exit_code_on_and_cleans_up(
-    tmp_path: Path, override: str, code: int
-) -> None:
+def test_slurm_script_starts_ray_passes_the_exit_code_on_and_cleans_up(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     # Slurm's own two commands, for an allocation that is this machine: srun runs what follows its options.
@@ -54,8 +51,8 @@ def test_slurm_script_starts_ray_passes_the_exit_code_on_and_cleans_up(
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_CPUS_PER_TASK": "2",
     }
-    command = [ROOT / "infra" / "slurm.sh", override]
+    command = [ROOT / "infra" / "slurm.sh", "scaling.num_workers=64"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert ended.returncode == code, ended.stdout + ended.stderr
-    assert "sparta: " in ended.stderr
+    assert ended.returncode == 3, ended.stdout + ended.stderr
+    assert "need 64 workers x CPU=1 (placement PACK), cluster has CPU=2 on 1 node" in ended.stderr
     assert not list((tmp_path / ".ray").glob("sparta-slurm-*"))
