@@ -113,8 +113,8 @@ def main() -> None:
     machine = f"{os.cpu_count()} CPUs ({platform.machine()}), torch {torch.__version__}, ray {ray.__version__}"
     lines = [
         "# Sweeps, measured\n",
-        f"`OMP_NUM_THREADS=1 python -m benchmarks.sweep --trials {n} --epochs {epochs}`: the demo's training, space `optim`,",
-        f"random draws, seed {config.seed}. {machine}; load at the start {load:.1f}.\n",
+        f"`OMP_NUM_THREADS=1 python -m benchmarks.sweep --trials {n} --epochs {epochs}`: the demo's training,",
+        f"space `optim`, random draws, seed {config.seed}. {machine}; load at the start {load:.1f}.\n",
         "| measure | value | target |\n|---|---|---|",
         *(f"| {name} | {value} | {target} |" for name, value, target in rows),
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from pipeline.config.evaluation import SUITES, EvaluationConfig
 from pipeline.evaluation.audit.confusion import confusion_table
@@ -73,6 +74,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audit", default="quick", help="off, quick or full")
     parser.add_argument("--num-examples", type=int, help="only the first so many test images")
     parser.add_argument("--reference", help="model for transfer attacks: a directory or module:function")
+    parser.add_argument(
+        "--matched", action="append", default=[], metavar="NAME=MODEL", help="network of equal cost, for check 15"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of every random number")
     parser.add_argument("--save-adversarial", action="store_true", help="keep every adversarial image")
     _add_model_options(parser)
@@ -93,8 +97,19 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.model, network=arguments.network, registry_root=arguments.registry_root, device=arguments.device
     )
     reference = open_model(arguments.reference, device=arguments.device) if arguments.reference else None
+    matched = dict(_named_model(text, arguments.device) for text in arguments.matched)
     prepared = open_data(arguments.data, arguments.output / "data", seed=arguments.seed)
-    print(describe(evaluate(model, prepared, config, arguments.output, seed=arguments.seed, reference=reference)))
+    result = evaluate(
+        model, prepared, config, arguments.output, seed=arguments.seed, reference=reference, matched=matched
+    )
+    print(describe(result))
+
+
+def _named_model(text: str, device: str) -> tuple[str, nn.Module]:
+    name, separator, source = text.partition("=")
+    if not name or not separator:
+        raise ValueError(f"expected --matched NAME=MODEL, got {text!r}")
+    return name, open_model(source, device=device)
 
 
 def _judge(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.artifacts import digest_file, write_atomic
 from pipeline.config.base import Section
@@ -86,6 +86,8 @@ class AuditReport(Section):
     """Digest of the weights that were audited."""
     checks: tuple[Check, ...]
     """In their order."""
+    matched: dict[str, str] = Field(default_factory=dict)
+    """Digests of the networks of equal cost that check 15 looked at, by name."""
 
     @property
     def passed(self) -> bool:

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ def evaluate(
     *,
     seed: int,
     reference: nn.Module | None = None,
+    matched: Mapping[str, nn.Module] | None = None,
 ) -> Evaluation:
     """Judge `model` on the test split: suite, curve, and the audit where the config asks for it.
 
@@ -50,6 +51,7 @@ def evaluate(
             goes on with the blocks that are missing.
         seed: of every random number.
         reference: another model, for transfer attacks and for the audit.
+        matched: networks of equal cost with other gates, by name, for check 15 of the audit.
 
     Returns:
         The record, also written to `output`.
@@ -62,12 +64,14 @@ def evaluate(
     result = merge(model, prepared, config, output, seed=seed, reference=reference)
     if config.audit.budget == "off":
         return result
-    if previous is not None and previous.audit is not None and previous.model_copy(update={"audit": None}) == result:
+    digests = {name: model_digest(other) for name, other in (matched or {}).items()}
+    same = previous is not None and previous.model_copy(update={"audit": None}) == result
+    if previous is not None and same and previous.audit is not None and previous.audit.matched == digests:
         report = previous.audit
     else:
         count = min(config.audit.resolved_num_examples, result.n)
         x, y = first_examples(prepared, count, _device(model))
-        report = audit(model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference)
+        report = audit(model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference, matched=matched)
     result = result.model_copy(update={"audit": report})
     result.save(output)
     return result

@@ -32,6 +32,8 @@ class EvaluateTask:
     """Key of the node that prepared the test images."""
     evaluation: EvaluationConfig
     seed: int
+    matched: tuple[tuple[str, str], ...] = ()
+    """Networks of equal cost for check 15 of the audit: name, and key of the node that trained it."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,19 @@ class Judgement:
     """Test images that are judged."""
     shard: int | None = None
     num_shards: int = 1
+    matched: tuple[tuple[str, Path], ...] = ()
 
 
 def evaluate_node(branch: str, task: EvaluateTask) -> Node[EvaluateTask]:
     """The node that evaluates one network."""
-    sections = {"evaluation": task.evaluation.model_dump(mode="json"), "seed": task.seed, "reference": task.reference}
-    needs = (task.model, task.reference, task.data)
+    sections: dict[str, Any] = {
+        "evaluation": task.evaluation.model_dump(mode="json"),
+        "seed": task.seed,
+        "reference": task.reference,
+    }
+    if task.matched:
+        sections["matched"] = [list(pair) for pair in task.matched]
+    needs = tuple(dict.fromkeys((task.model, task.reference, task.data, *(key for _, key in task.matched))))
     return Node("evaluate", branch, task, sections, run_evaluations, needs, together=True)
 
 
@@ -90,7 +99,9 @@ def judge_shard(work: Judgement) -> None:
 def judge_rest(work: Judgement) -> None:
     """Whatever no shard has done: usually the merged record and the audit."""
     model, prepared, options = _opened(work)
-    evaluate(model, prepared, work.evaluation, work.output, **options)
+    device = next(model.parameters()).device
+    matched = {name: load_model(directory, device) for name, directory in work.matched}
+    evaluate(model, prepared, work.evaluation, work.output, matched=matched, **options)
 
 
 def _opened(work: Judgement) -> tuple[torch.nn.Module, PreparedData, dict[str, Any]]:
@@ -115,6 +126,7 @@ def _judgement(context: StageContext[EvaluateTask]) -> Judgement:
         output=context.directory,
         seed=task.seed,
         num_examples=task.evaluation.num_examples or prepared.splits["test"].count,
+        matched=tuple((name, upstream[key].directory / "model") for name, key in task.matched),
     )
 
 

@@ -41,6 +41,8 @@ class Network:
     """Key of the node whose adversarial examples are tried on it too."""
     task: TrainTask
     evaluation: EvaluationConfig
+    matched: tuple[tuple[str, str], ...] = ()
+    """Contenders that check 15 of its audit sets beside it: name, and key of the node that trains it."""
 
     @property
     def evaluated(self) -> str:
@@ -67,7 +69,7 @@ def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
     ]
     transfer = [_trainer(network) for network in networks if network.trained.startswith("transfer")]
     judged = [
-        evaluate_node(n.branch, EvaluateTask(n.trained, n.reference, n.task.data, n.evaluation, n.task.seed))
+        evaluate_node(n.branch, EvaluateTask(n.trained, n.reference, n.task.data, n.evaluation, n.task.seed, n.matched))
         for n in networks
     ]
     page = StudyTask(config.report.title or config.name, f"{_threat(config)}; all attacks of the suite", networks)
@@ -92,6 +94,7 @@ def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeC
         *((c.name, c.activation, c.options, c.epochs) for c in study.contenders),
     ]
     prefix = "standard-" if group == STANDARD else ""
+    contenders = tuple((c.name, f"pretrain:{prefix}{c.name}-s{seed}") for c in study.contenders)
     for name, activation, options, epochs in rows:
         twin = MAIN if name == CONTROL else CONTROL
         own = regime.training if epochs is None else regime.training.model_copy(update={"epochs": epochs})
@@ -104,6 +107,7 @@ def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeC
             reference=f"pretrain:{prefix}{twin}-s{seed}",
             task=TrainTask(model, config.augment, own, seed, SOURCE_DATA),
             evaluation=regime.evaluation,
+            matched=contenders if name == MAIN else (),
         )
 
 

@@ -61,6 +61,32 @@ def test_every_check_reports_once_in_its_order(gated, robust, digits):
     assert [check.name for check in report.checks if check.verdict == "skip"] == ["frozen"]
 
 
+def test_networks_of_equal_cost_are_set_beside_the_gate(digits, gated, robust):
+    class Constant(nn.Module):
+        """As costly as the gated network, and always right on images of the class of `clean`."""
+
+        def __init__(self, clean):
+            super().__init__()
+            self.inner, self.clean = gated, clean
+
+        def forward(self, x):
+            return self.inner(x * 0 + self.clean)
+
+    with torch.no_grad():
+        right = gated(digits.test_x).argmax(1) == digits.test_y
+    x, y = digits.test_x[right], digits.test_y[right]
+    x, y = x[y == y[0]][:32], y[y == y[0]][:32]
+    matched = {"constant": Constant(x[:1]), "relu": robust}
+    report = audit(gated, x, y, ThreatModel(eps=0.3), "quick", seed=0, matched=matched)
+    check = report.checks[14]
+    assert (check.details["robust, constant"], check.details["cost, constant"]) == (1.0, 1.0)
+    assert check.details["robust"] < 0.5
+    assert check.details["gain over constant"][2] < 0
+    assert (check.verdict, "more robust at no more cost: constant" in check.summary) == ("warn", True)
+    assert check.details["cost, relu"] < 1  # the gates of a fused kernel are counted too
+    assert set(report.matched) == set(matched)
+
+
 def test_checks_of_gates_are_skipped_without_gates(robust, digits):
     report = audit(robust, digits.test_x[:16], digits.test_y[:16], ThreatModel(eps=0.1), "quick", seed=0)
     skipped = {check.name for check in report.checks if check.verdict == "skip"}

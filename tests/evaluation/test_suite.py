@@ -207,6 +207,8 @@ def test_a_second_call_does_no_work_twice(robust, prepared, tmp_path, monkeypatc
     monkeypatch.setattr("pipeline.evaluation.suite.audit", fail)
     monkeypatch.setattr("pipeline.evaluation.suite.judge_block", fail)
     assert evaluate(robust, prepared, config, tmp_path, seed=0) == first
+    with pytest.raises(AssertionError, match="worked again"):  # another network beside it is another audit
+        evaluate(robust, prepared, config, tmp_path, seed=0, matched={"twin": robust})
     assert load_arrays(tmp_path / "evaluation.npz") is not None
 
 

@@ -6,7 +6,7 @@ what a gated activation calls for.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ def audit(
     *,
     seed: int,
     reference: nn.Module | None = None,
+    matched: Mapping[str, nn.Module] | None = None,
 ) -> AuditReport:
     """Look for gradient masking.
 
@@ -74,6 +75,8 @@ def audit(
         budget: effort of the attacks; promotion in the registry needs "full".
         seed: of every random number.
         reference: another model on the same data, say the ReLU control, for transfer attacks.
+        matched: networks of equal cost with other gates (SE, CBAM, ATAC) by name, trained on the same data with the
+            same budget, for check 15.
 
     Raises:
         ValueError: no images.
@@ -81,11 +84,16 @@ def audit(
     if not len(y):
         raise ValueError("expected images to audit, got none")
     with evaluating(model), own_random_state(seed):
-        subject = Subject(attackable(model, x), x, y, threat, budget, seed, reference)
+        subject = Subject(attackable(model, x), x, y, threat, budget, seed, reference, matched or {})
         for check in CHECKS:
             found = check(subject)
             subject.so_far.append(found)
             _LOG.info("audit %2d %-18s %-4s %s", found.number, found.name, found.verdict, found.summary)
     return AuditReport(
-        budget=budget, n=len(y), threat=threat, model_digest=model_digest(model), checks=tuple(subject.so_far)
+        budget=budget,
+        n=len(y),
+        threat=threat,
+        model_digest=model_digest(model),
+        checks=tuple(subject.so_far),
+        matched={name: model_digest(other) for name, other in subject.matched.items()},
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.attacks import Problem, pgd_on
+from pipeline.evaluation.audit.equal_cost import beside_equal_cost
 from pipeline.evaluation.audit.gates import Parts, Rule, gate_maps, gated_sites, gates_replaced
 from pipeline.evaluation.audit.subject import Subject, beats, skipped
 from pipeline.evaluation.blocks import predict
@@ -25,7 +26,8 @@ def check(subject: Subject) -> Check:
             with gates_replaced(subject.model, _kept(maps)):
                 attacks[name] = pgd_on(problem, steps=subject.effort.steps, loss="margin")
     found = beats(15, "random_gate", subject, attacks, "an attack on frozen or shuffled gates")
-    return found.model_copy(update={"details": {**found.details, **_survival(subject)}})
+    found = found.model_copy(update={"details": {**found.details, **_survival(subject)}})
+    return beside_equal_cost(subject, found) if subject.matched else found
 
 
 def _survival(subject: Subject) -> dict[str, float | list[float]]:

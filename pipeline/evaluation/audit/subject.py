@@ -1,7 +1,7 @@
 """What every check looks at: the model, its correctly classified images, the effort, the white-box result to beat."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -59,6 +59,8 @@ class Subject:
     budget: Literal["quick", "full"]
     seed: int
     reference: nn.Module | None
+    matched: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Networks of equal cost with other activations, by name."""
     so_far: list[Check] = field(default_factory=list)
     """Checks that are done; the last one looks back at them."""
 
