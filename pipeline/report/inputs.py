@@ -65,6 +65,8 @@ class ReportInputs(Section):
     """In the order of the rows; the first is the source."""
     trials: tuple[Trial, ...] = ()
     """The sweep, when there was one."""
+    sweep_pictures: tuple[Path, ...] = ()
+    """PNG files that the sweep left: parallel coordinates, importance of the parameters, learning curves, front."""
     lineage: str | None = None
     """Where the registered activation comes from, as text."""
     reference: str | None = None

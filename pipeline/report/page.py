@@ -1,6 +1,8 @@
 """The report: one HTML page that needs nothing else; beside it the charts as PNG, the numbers as CSV and JSON."""
 
+import base64
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from pipeline.report.tables import write_tables
 
 PAGE = "report.html"
 _OURS = re.compile(
-    r"(overview|sweep|(eps|training|pictures)-\d+|response-stage\d+)\.png|(summary|curves|training|audit|sweep)\.csv"
+    r"(overview|sweep|search_\w+|(eps|training|pictures)-\d+|response-stage\d+)\.png|(summary|curves|training|audit|sweep)\.csv"
 )
 _ICONS = {"pass": "✓", "warn": "!", "fail": "✕", "skip": "–"}
 
@@ -80,6 +82,7 @@ def _write(inputs: ReportInputs, output: Path, config: ReportConfig, load: Model
             eps_charts=charts.robustness_curves(inputs, output, dpi=config.png_dpi),
             training_charts=charts.training_curves(inputs, output, dpi=config.png_dpi),
             sweep=charts.sweep(inputs, output, dpi=config.png_dpi) if inputs.trials else None,
+            sweep_pictures=_sweep_pictures(inputs, output),
             response_charts=_responses(inputs, galleries, models, output, config),
             galleries=galleries,
             source=inputs.models[0],
@@ -98,6 +101,16 @@ def _load_model(directory: Path) -> torch.nn.Module:
 def _load_models(inputs: ReportInputs, load: ModelLoader, *, needed: bool) -> dict[str, torch.nn.Module]:
     cards = [card for card in inputs.models if card.model_directory is not None and needed]
     return {card.label: load(card.model_directory).eval() for card in cards if card.model_directory}
+
+
+def _sweep_pictures(inputs: ReportInputs, output: Path) -> dict[str, str]:
+    """What a sweep drew, copied beside the page: its name in words, and a data URI."""
+    found = {}
+    for path in inputs.sweep_pictures:
+        shutil.copyfile(path, output / path.name)
+        name = path.stem.removeprefix("search_").replace("_", " ")
+        found[name] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    return found
 
 
 def _galleries(

@@ -64,6 +64,7 @@ def _report(context: StageContext[ReportTask]) -> StageResult:
         title=task.report.title or task.chain,
         models=tuple(_card(context, model) for model in task.models),
         trials=_trials(context, task.search),
+        sweep_pictures=_sweep_pictures(context, task.search),
         reference=frozen.reference,
         lineage=context.services.lineage(frozen.reference),
         facts={"seed": str(task.seed), "activation digest": frozen.digest},
@@ -112,6 +113,15 @@ def _trials(context: StageContext[ReportTask], search: str | None) -> tuple[Tria
     if search is None:
         return ()
     return TunedConfig.model_validate(context.upstream[search].record.payload).trials
+
+
+def _sweep_pictures(context: StageContext[ReportTask], search: str | None) -> tuple[Path, ...]:
+    """All but the trade-off, which the page draws in its own way."""
+    if search is None:
+        return ()
+    names = ("search_coordinates.png", "search_importance.png", "search_curves.png")
+    directory, outputs = context.upstream[search].directory, context.upstream[search].record.outputs
+    return tuple(directory / name for name in names if name in outputs)
 
 
 run_report = one_by_one(_report)

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.config.report import ReportConfig
 from pipeline.report import Report, ReportInputs, build_report
+from pipeline.report.charts import pareto_front
 from tests.report.conftest import load, make_card
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -116,6 +117,21 @@ def test_altered_arrays_are_refused_and_an_older_report_stays(tmp_path: Path):
     with pytest.raises(ValueError, match="missing or altered"):
         build_report(inputs, out, load=load)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_what_a_sweep_drew_is_on_the_page_and_beside_it(inputs: ReportInputs, tmp_path: Path):
+    drawn = build_report(inputs, tmp_path / "any", ReportConfig(num_pictures=0)).page.parent / "overview.png"
+    picture = drawn.rename(tmp_path / "search_coordinates.png")
+    card = inputs.models[0].model_copy(update={"model_directory": None})
+    swept = ReportInputs(title="t", models=(card,), trials=inputs.trials, sweep_pictures=(picture,))
+    report = build_report(swept, tmp_path / "out", ReportConfig(num_pictures=0))
+    assert report.page.read_text(encoding="utf-8").count("data:image/png") == 1
+    assert (tmp_path / "out" / "search_coordinates.png").read_bytes() == picture.read_bytes()
+
+
+def test_the_front_is_what_no_trial_beats():
+    points = [(0.9, 0.3), (0.8, 0.4), (0.8, 0.3), (0.9, 0.3), (0.1, 0.2)]
+    assert sorted(pareto_front(points)) == [(0.8, 0.4), (0.9, 0.3)]
 
 
 def test_labels_must_differ(inputs: ReportInputs):
