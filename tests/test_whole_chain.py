@@ -140,7 +140,8 @@ def test_search_finds_settings_that_the_later_stages_use(tmp_path: Path) -> None
 
 def test_study_compares_activations_over_seeds(tmp_path: Path) -> None:
     study = "study={seeds: [0, 1], contenders: [{name: silu, activation: {name: silu}}]}"
-    ended = run(tmp_path, study, "training.epochs=1", "model.options.width=4", "scaling.num_workers=1")
+    small = ("training.epochs=1", "model.options.width=4", "scaling.num_workers=1", "data.limit.train=128")
+    ended = run(tmp_path, study, *small, timeout=500)  # twelve networks
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "| silu | silu | shared, independent | 2 |" in ended.stdout
     assert "frozen minus control, robust:" in ended.stdout
