@@ -19,6 +19,7 @@ from pipeline.training import Context, TrainedModel, TrainingStopped, TrainJob, 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.timeout(600),  # three starts of a worker group, for all launched jobs together, on a busy machine
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 SCALING = ScalingConfig(num_workers=2, num_cpus=2, max_failures=2, health_check_interval=0.2)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
-from pipeline.config.training import AttackConfig, EMAConfig, TRADESConfig
+from pipeline.config.training import AttackConfig, AWPConfig, EMAConfig, TRADESConfig
 from pipeline.training import Context, OutOfMemoryError, load_model, train
 from pipeline.training.attacks import pgd
 from pipeline.training.distributed import StepReducer
@@ -58,6 +59,46 @@ def test_compiled_attack_is_the_eager_one():
     compiled = pgd(Forward(shadow(model), "fp32", compiled=True), x, y, **options)
     # A sign may turn where the gradient is at the rounding's size.
     assert (eager - compiled).abs().gt(1e-6).double().mean() < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": TRADESConfig(attack=AttackConfig(steps=2, loss="kl", start="normal")), "awp": AWPConfig()}],
+    ids=["pgd_at", "trades-awp"],
+)
+def test_training_with_replayed_graphs_comes_to_the_result_of_the_eager_one(options, make_job):
+    """Batches of two sizes, the look at clean images in between, gradients and averages of what the graphs write."""
+    skipped = counters["inductor"]["cudagraph_skips"]
+    eager = train(make_job("eager", compile="off", ema=EMAConfig(), **options), Context(device=GPU)).history[-1]
+    graphs = train(make_job("graphs", compile="on", ema=EMAConfig(), **options), Context(device=GPU)).history[-1]
+    assert counters["inductor"]["cudagraph_skips"] == skipped
+    assert graphs.train_loss == pytest.approx(eager.train_loss, rel=0.02)
+    assert graphs.val_clean == pytest.approx(eager.val_clean, abs=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eps_is_kept_exactly_whatever_the_precision_of_the_network(precision):
+    model, x = network().to(GPU), torch.rand(8, 1, 8, 8, device=GPU)
+    y = torch.arange(8, device=GPU)
+    x_adv = pgd(Forward(shadow(model), precision), x, y, eps=8 / 255, step_size=2 / 255, steps=5)
+    assert x_adv.dtype == torch.float32
+    assert (x_adv - x).abs().max().item() <= 8 / 255 + 1e-7
+    assert 0 <= x_adv.min().item() <= x_adv.max().item() <= 1
+
+
+def test_an_attack_holds_the_graph_of_one_step_only():
+    model, x = network().to(GPU), torch.rand(64, 1, 32, 32, device=GPU)
+    y, attacked = torch.arange(64, device=GPU) % 10, Forward(shadow(model), "fp32")
+
+    def peak(steps):
+        torch.cuda.reset_peak_memory_stats(GPU)
+        pgd(attacked, x, y, eps=0.1, step_size=0.01, steps=steps)
+        return torch.cuda.max_memory_allocated(GPU)
+
+    peak(1)  # the library's own workspaces
+    assert peak(10) <= 1.05 * peak(2)
 
 
 def test_memory_does_not_grow_over_steps(make_job):
