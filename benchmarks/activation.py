@@ -1,12 +1,13 @@
 """What an activation costs: alone, and inside networks during a PGD attack. Prints Markdown tables with ratios.
 
-    python benchmarks/activation.py [--threads 2] [--repeats 7] [--steps 10] [--nets resnet18 resnet8] [--clock wall]
+    python benchmarks/activation.py [--threads 2] [--repeats 7] [--nets resnet18 resnet8] [--clock wall]
                                     [--only relu silu ...] [--skip-alone] [--json FILE]
 
 Rounds are interleaved: each round times every activation once, and a ratio is the median over the rounds of the ratio
 within a round, so that what else the machine does falls on all of them. --clock cpu counts the process's own
-processor time, for a machine that others use too. Memory is the peak of resident memory above the level before the
-attack, each measured in a process of its own.
+processor time, for a machine that others use too. All steps of a PGD attack do the same work, so a round times a few
+of them and the table gives the time of one. Memory is the peak of resident memory above the level before, each measured
+in a process of its own: of two steps, or of one forward and full backward.
 """
 
 import argparse
@@ -33,7 +34,8 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("relu", "silu", "frelu", "atac", "sparta")},
     **{f"sparta {v}": {"name": "sparta", "variant": v} for v in VARIANTS if v != "depthwise"},
 }
-NETS = {"resnet18": ({"width": 64}, 32), "resnet8": ({"width": 16}, 128)}
+NETS = {"resnet18": ({"width": 64}, 32, 2), "resnet8": ({"width": 16}, 128, 5)}
+"""Options of the network, images in a batch, steps in a round."""
 ALONE = [(32, 64, 32, 32), (128, 16, 32, 32), (32, 512, 4, 4)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -60,16 +62,21 @@ def ratio(times: Times, name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
+def by_itself(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """The activation, its input, and the gradient of its output."""
+    module = build_activation(num_channels=shape[1], **ACTIVATIONS[name]).to(dtype).eval()
+    x, dy = (torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    return module, x.requires_grad_(), dy
+
+
 def alone(shape: tuple[int, ...], dtype: torch.dtype, names: list[str], args: argparse.Namespace) -> dict[str, Times]:
-    """Forward; backward to the input; backward to input and parameters, of the activation by itself."""
+    """Forward; backward to the input; backward to input and parameters, of each activation by itself."""
     forward: dict[str, Work] = {}
     to_input: dict[str, Work] = {}
     full: dict[str, Work] = {}
     for name in names:
-        module = build_activation(num_channels=shape[1], **ACTIVATIONS[name]).to(dtype).eval()
-        x = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        module, x, dy = by_itself(name, shape, dtype)
         y = module(x)
-        dy = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
         everything = [x, *module.parameters()]
         forward[name] = torch.no_grad()(lambda module=module, x=x: module(x))
         to_input[name] = lambda y=y, x=x, dy=dy: torch.autograd.grad(y, x, dy, retain_graph=True)
@@ -94,15 +101,21 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, steps: int, dtype: torch.dtype) 
     return x_adv
 
 
-def attack(net: str, name: str, steps: int, dtype: torch.dtype) -> Work:
-    """One PGD attack on a batch."""
-    options, batch = NETS[net]
+def attack(net: str, name: str, steps: int, dtype: torch.dtype, **small: int) -> Work:
+    """So many steps of a PGD attack on a batch; on 2 images of 8 x 8, where `small` options are given."""
+    options, batch, _ = NETS[net]
     torch.manual_seed(0)
-    model = build_model(net, activation=ACTIVATIONS[name], **options)
+    model = build_model(net, activation=ACTIVATIONS[name], **(options | small))
     model = model.to(memory_format=torch.channels_last).eval()
-    x = torch.rand(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    y = torch.randint(10, (batch,))
+    x = torch.rand((2, 3, 8, 8) if small else (batch, 3, 32, 32)).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(10, (len(x),))
     return lambda: pgd(model, x, y, steps, dtype)
+
+
+def there_and_back(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Work:
+    """Forward and full backward of the activation by itself."""
+    module, x, dy = by_itself(name, shape, dtype)
+    return lambda: torch.autograd.grad(module(x), [x, *module.parameters()], dy)
 
 
 def _memory(field: str) -> int:
@@ -111,20 +124,23 @@ def _memory(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
-def _peak(net: str, name: str, dtype: str, threads: int, queue: Any) -> None:
+def _peak(net: str | None, name: str, dtype: str, threads: int, queue: Any) -> None:
     torch.set_num_threads(threads)
-    work = attack(net, name, 2, DTYPES[dtype])
+    if net is None:
+        shape = ALONE[0]
+        work, warm = (there_and_back(name, s, DTYPES[dtype]) for s in (shape, (2, shape[1], 4, 4)))
+    else:
+        work, warm = attack(net, name, 2, DTYPES[dtype]), attack(net, name, 1, DTYPES[dtype], width=4)
     # The first touch of libraries and thread pools is no matter of the activation: a small batch takes it.
-    warm = build_model(net, activation=ACTIVATIONS[name], width=4).eval()
-    pgd(warm, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), 1, DTYPES[dtype])
+    warm()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _memory("VmRSS")
     work()
     queue.put(_memory("VmHWM") - before)
 
 
-def peak_memory(net: str, name: str, dtype: str, threads: int) -> int:
-    """Bytes of resident memory that two PGD steps need above the level before them."""
+def peak_memory(net: str | None, name: str, dtype: str, threads: int) -> int:
+    """Bytes of resident memory above the level before: of two PGD steps, or without a net of the activation alone."""
     # Without a fixed threshold glibc keeps freed tensors in its heap, and the peak measures its fragmentation.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     context = multiprocessing.get_context("spawn")
@@ -158,13 +174,14 @@ def print_alone(args: argparse.Namespace, names: list[str], results: dict[str, A
 
 def print_nets(args: argparse.Namespace, names: list[str], results: dict[str, Any]) -> None:
     for net, (label, dtype) in itertools.product(args.nets, DTYPES.items()):
-        attacks = {name: attack(net, name, args.steps, dtype) for name in names}
+        options, batch, steps = NETS[net]
+        attacks = {name: attack(net, name, steps, dtype) for name in names}
         times = interleaved(attacks, args.repeats, CLOCKS[args.clock])
         peaks = {name: peak_memory(net, name, label, args.threads) for name in names}
         rows = [
             [
                 name,
-                f"{statistics.median(times[name]) * 1e3:.0f}",
+                f"{statistics.median(times[name]) / steps * 1e3:.0f}",
                 f"{ratio(times, name, 'relu'):.2f}",
                 f"{ratio(times, name, 'silu'):.2f}",
                 f"{peaks[name] / 2**20:.0f}",
@@ -172,10 +189,21 @@ def print_nets(args: argparse.Namespace, names: list[str], results: dict[str, An
             ]
             for name in names
         ]
-        results[f"{net} {label}"] = {"seconds": times, "peak bytes": peaks}
-        options, batch = NETS[net]
-        print(f"\n### PGD-{args.steps} on {net} (width {options['width']}, batch {batch}, 32 x 32), {label}\n")
+        results[f"{net} {label}"] = {"seconds": times, "steps": steps, "peak bytes": peaks}
+        print(f"\n### A PGD step in {net} (width {options['width']}, batch {batch}, 32 x 32), {label}\n")
         print(table(["activation", "ms", "/ ReLU", "/ SiLU", "peak MiB", "peak / SiLU"], rows), flush=True)
+
+
+def print_memory(args: argparse.Namespace, names: list[str], results: dict[str, Any]) -> None:
+    peaks = {label: {name: peak_memory(None, name, label, args.threads) for name in names} for label in DTYPES}
+    results["alone, peak bytes"] = peaks
+    columns = [f"{label} MiB (/ SiLU)" for label in DTYPES]
+    rows = [
+        [name, *(f"{peaks[d][name] / 2**20:.1f} ({peaks[d][name] / peaks[d]['silu']:.2f})" for d in DTYPES)]
+        for name in names
+    ]
+    print(f"\n### Alone, {ALONE[0]}, channels_last: peak memory of a forward and a full backward\n")
+    print(table(["activation", *columns], rows), flush=True)
 
 
 def surroundings(args: argparse.Namespace) -> str:
@@ -195,7 +223,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
     parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
     parser.add_argument("--only", nargs="*", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
@@ -208,6 +235,7 @@ def main() -> None:
     print(results["surroundings"])
     if not args.skip_alone:
         print_alone(args, names, results)
+        print_memory(args, names, results)
     print_nets(args, names, results)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

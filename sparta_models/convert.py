@@ -57,7 +57,8 @@ def convert(
     """Return a copy of a CNN whose activations are sites, filled with the named activation.
 
     Weights, their names and the train or eval mode are kept. Activations on vectors, or on maps of one pixel as in
-    squeeze-and-excitation, have no positions and are kept. `model.replacements` lists every call, replaced or kept.
+    squeeze-and-excitation, have no positions and are kept. `model.replacements` lists every call, replaced or kept. The
+    copy wants the images that the network wanted: nn.Sequential(Normalize(3, mean, std), model) takes [0, 1].
 
     Args:
         model: the network, x (B, C, H, W) -> anything.

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from sparta_models import ActivationBank, build_model, convert, sites
+from sparta_models import ActivationBank, Normalize, build_model, convert, sites
 from sparta_models.activations.shared_independent import ReLU
 
 ZOO = {
@@ -199,3 +199,13 @@ class DependsOnMode(nn.Module):
 def test_what_cannot_be_converted_is_refused_with_the_remedy(model, options, message):
     with pytest.raises(ValueError, match=message):
         convert(model, "sparta", **options)
+
+
+def test_a_normalisation_in_front_is_kept_and_the_network_takes_images_of_unit_range(network):
+    plain = network("vgg16_bn").eval()
+    x = torch.rand(2, 3, 32, 32)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    model = convert(nn.Sequential(Normalize(3, mean, std), plain), "relu", input_shape=(3, 32, 32))
+    with torch.no_grad():
+        expected = plain((x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+        torch.testing.assert_close(model.eval()(x), expected)
