@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, BAD_CONFIG)
     except (ClusterTooSmall, ConnectionError) as error:
         return _fail(error, CLUSTER_TOO_SMALL)
+    except OSError as error:  # where no stage could take it: a full disk under the chain's own records
+        return _fail(f"{error}; the same command goes on from here", STAGE_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", INTERRUPTED)
     except Terminated:

@@ -1,8 +1,10 @@
 """Writing a split in a process of its own, with a time limit: nothing FFCV does can hang or change the caller."""
 
+import errno
 import importlib.util
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.write import SplitWork
 
 _GRACE = 5.0
+_NO_SPACE = 1 << 18
 NO_FFCV = "ffcv: "
 """How the message of a process begins that could not import FFCV."""
 
@@ -31,11 +34,18 @@ class WriteJob:
     error: Path
 
     def report(self, message: str) -> None:
-        """Leave the first message for the parent; renamed, so that it is never read half."""
-        if not self.error.exists():
-            temporary = self.error.with_suffix(f".{os.getpid()}")
+        """Leave the first message for the parent; renamed, so that it is never read half.
+
+        Where a full disk has no room for it, the writer's processes end: FFCV would wait for the failed one for ever.
+        """
+        if self.error.exists():
+            return
+        temporary = self.error.with_suffix(f".{os.getpid()}")
+        try:
             temporary.write_text(message)
             temporary.replace(self.error)
+        except OSError:
+            os.killpg(0, signal.SIGTERM)
 
 
 def ffcv_installed() -> bool:
@@ -52,6 +62,7 @@ def write_apart(splits: Sequence[SplitWork], folder: Path, timeout: float) -> No
 
     Raises:
         DataError: a sample cannot be read, the time is up, or what was written is not what was read.
+        OSError: the disk is full.
         FfcvUnusableError: FFCV does not import there.
     """
     job = WriteJob(tuple(splits), folder / "write.error")
@@ -92,10 +103,17 @@ def _wait(child: "subprocess.Popen[bytes]", job: WriteJob, log: Path, deadline: 
         message = job.error.read_text()
         if message.startswith(NO_FFCV):
             raise FfcvUnusableError(message.removeprefix(NO_FFCV))
-        raise DataError(f"writing the splits failed: {message}")
+        raise _failure(message, log)
     if child.returncode:
         tail = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise DataError(f"writing the splits failed with exit code {child.returncode}: {''.join(tail)}")
+        raise _failure(f"exit code {child.returncode} {''.join(tail)}", log)
+
+
+def _failure(message: str, log: Path) -> Exception:
+    """What went wrong there; on a full disk the process could not even leave a message."""
+    if shutil.disk_usage(log.parent).free < _NO_SPACE:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.parent.parent))
+    return DataError(f"writing the splits failed: {message}")
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:

@@ -1,5 +1,6 @@
 """Data set -> verified splits on disk, once."""
 
+import errno
 import json
 import shutil
 import tempfile
@@ -155,6 +156,8 @@ def _write(work: list[SplitWork], place: Path, timeout: float) -> None:
         try:
             write_split(item)
         except OSError as error:
+            if error.errno == errno.ENOSPC:  # not the data's fault
+                raise
             raise DataError(f"writing {item.path.name} failed: {error}") from error
 
 

@@ -59,11 +59,13 @@ def write_split(work: SplitWork, report: Callable[[str], None] = print) -> None:
 
     Raises:
         DataError: a sample cannot be read, or what was written is not what was read.
+        OSError: the disk is full.
         ImportError: a .beton without FFCV.
     """
     samples, path, recipe = work.samples, work.path, work.recipe
     ledger_path = path.with_suffix(".ledger")
     np.memmap(ledger_path, RECORD, "w+", shape=(len(samples),)).flush()
+    _reserve(ledger_path)
     samples = replace(samples, ledger=ledger_path)
     if path.suffix == ".beton":
         from pipeline.data import beton
@@ -113,6 +115,7 @@ def _write_npz(samples: Samples, path: Path) -> None:
     pixels = path.with_suffix(".images.npy")
     shape = (len(samples), size, size, samples.channels)
     mapped = np.lib.format.open_memmap(pixels, "w+", dtype=np.uint8, shape=shape)
+    _reserve(pixels)
     for index in range(len(samples)):
         mapped[index] = samples[index][0]
     mapped.flush()
@@ -127,6 +130,12 @@ def _write_npz(samples: Samples, path: Path) -> None:
                 while piece := source.read(1 << 20):
                     target.write(piece)
             place.unlink()
+
+
+def _reserve(path: Path) -> None:
+    """Take the space of a mapped file: a page that finds none when it is written to ends the process by SIGBUS."""
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
 
 
 def _verify(samples: Samples, path: Path, ledger: npt.NDArray[Any], sidecar: Sidecar, quality: int) -> None:

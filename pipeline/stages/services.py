@@ -73,12 +73,15 @@ class Services:
         if self.config.search.enabled:
             preflight_trial(self.config)
 
-    def log_failure(self, key: str, error: Exception) -> Path:
+    def log_failure(self, key: str, error: Exception) -> str:
         """Keep the traceback of a failed node in a file; people are shown one line that names it."""
         path = self.output / "failures" / f"{key.replace(':', '-')}.txt"
         details = getattr(error, "details", "") or "".join(traceback.format_exception(error))
-        write_atomic(path, details)
-        return path
+        try:
+            write_atomic(path, details)
+        except OSError as refusal:  # the disk that failed the node may have no room for this either
+            return f"not kept, {refusal.strerror}"
+        return str(path)
 
     def lineage(self, reference: str | None) -> str | None:
         """Where a registered activation comes from, in words; None while MLflow is away."""

@@ -35,10 +35,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a .safetensors file, whole or not at all."""
+    """Write a .safetensors file, whole or not at all. Raises OSError when the disk refuses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+    except SafetensorError as error:  # whatever the operating system said, in words
+        raise OSError(f"{path} could not be written: {error}") from error
     _force(temporary)
     temporary.replace(path)
 
@@ -53,12 +56,16 @@ def write_directory(
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    digests = {}
-    for name, group in tensors.items():
-        path = temporary / f"{name}.safetensors"
-        save_tensors(path, group)
-        digests[path.name] = sha256_of(path)
-    write_text(temporary / record, json.dumps({**meta, "sha256": digests}, indent=1))
+    try:
+        digests = {}
+        for name, group in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_tensors(path, group)
+            digests[path.name] = sha256_of(path)
+        write_text(temporary / record, json.dumps({**meta, "sha256": digests}, indent=1))
+    except BaseException:  # what is left of it would fill the disk further
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _replace(temporary, directory)
 
 
