@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparta_models.models.common import Normalize
 from sparta_models.sites import ActivationSpec, Site, install
 
 KINDS: dict[Any, str] = {
@@ -89,14 +90,14 @@ def convert(
 
 
 class _Tracer(fx.Tracer):
-    """Goes into every module but torch's own, our sites, and those whose training mode a graph would freeze
-    (DropPath)."""
+    """Goes into every module but torch's own, our sites and normalisation, and those whose training mode a graph would
+    freeze (DropPath)."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         code = getattr(type(m).forward, "__code__", None)
         modal = code is not None and "training" in code.co_names
         alone = isinstance(m, _BatchNorm) or not list(m.children())
-        return isinstance(m, Site) or (modal and alone) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Site | Normalize) or (modal and alone) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:
