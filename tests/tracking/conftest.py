@@ -30,7 +30,7 @@ def root(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture
 def config() -> TrackingConfig:
-    return TrackingConfig(flush_seconds=0.05, close_seconds=30)
+    return TrackingConfig(flush_seconds=0.05)
 
 
 def write_bank(directory: Path, value: float = 1.0) -> Path:
