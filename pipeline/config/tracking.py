@@ -26,7 +26,7 @@ class TrackingConfig(Section):
     close_seconds: float = Field(default=60.0, ge=0, le=600)
     """How long the end of a chain, or a registration, waits for the delivery before leaving it to `sync`.
 
-    A first use makes the database, which takes a slow machine half a minute; a server that refuses is not waited for."""
+    A first use makes the database, half a minute on a slow machine; a server that refuses is not waited for."""
     request_timeout: int = Field(default=5, ge=1, le=600)
     """Seconds one HTTP request may take; there is one retry, because the journal replays what was missed."""
 
