@@ -93,6 +93,62 @@ def test_every_kind_of_network_exports_with_sparta(name):
     torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-4)
 
 
+# One network of each kind of block. The others repeat these blocks, deeper, and run with three activations.
+KINDS = ["resnet8", "resnet18", "resnet50", "preactresnet18", "vgg16_bn", "mobilenet_v2"]
+PAIRS = [
+    pytest.param(name, activation, id=f"{name}-{activation}")
+    for name in MODELS
+    for activation in (SPECS if name in KINDS else ("relu", "sparta", "sparta-attention"))
+]
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(("name", "activation"), PAIRS)
+def test_pairs_compile_whole_and_export(name, activation):
+    model = small(name, SPECS[activation]).eval()
+    own, other = (torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    expected = model(other)
+    program = torch.export.export(model, (own.detach(),))
+    torch.testing.assert_close(program.module()(own.detach()), expected, atol=1e-5, rtol=1e-4)
+    y = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)(own)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    got, want = torch.autograd.grad(y.sum(), own)[0], torch.autograd.grad(expected.sum(), other)[0]
+    torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-3)
+    torch.compiler.reset()
+
+
+@pytest.mark.extended
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("activation", ["sparta", "sparta-attention", "frelu"])
+def test_a_network_trains_by_inductors_code_as_without(activation, tmp_path, monkeypatch):
+    # A cache of its own: one that a killed run left half a library in would fail here.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, twin = (small("resnet8", SPECS[activation]).train() for _ in range(2))
+    compiled = torch.compile(model, fullgraph=True, backend="inductor", dynamic=False)
+    x, y = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    for network, run in ((model, compiled), (twin, twin)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(run(x), y).backward()
+            optimizer.step()
+    for (key, got), want in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+    torch.compiler.reset()
+
+
+@pytest.mark.extended
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_network_gives_its_outputs_in_onnx(name, tmp_path):
+    model = small(name, "sparta").eval()
+    x = torch.rand(2, 3, 8, 8)
+    torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", x), model(x), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("sharing", ["site", "stage"])
 def test_a_network_of_sparta_exports_to_onnx_for_every_batch_size(sharing, tmp_path):
