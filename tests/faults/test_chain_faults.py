@@ -1,4 +1,4 @@
-"""Faults of a chain, by its command line: full disks, altered outputs, two at once. The data are the same in the end."""
+"""Faults of a chain, by its command line: full disks, altered outputs, two at once. The data end up the same."""
 
 import json
 import os
