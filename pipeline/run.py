@@ -70,9 +70,10 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
     if first > last:
         raise ConfigError(f"expected --from not after --until, got --from {STAGES[first]} --until {STAGES[last]}")
     stages = STAGES[first : last + 1]
-    planned = _plan(Chain(root / config.name, force=options.force, only=stages), config, STAGES[: last + 1])
+    planning = Chain(root / config.name, force=options.force, only=stages)
+    planned = _plan(planning, config, STAGES[: last + 1], dry=options.dry_run)
     if options.dry_run:
-        print("\n".join(decision.line() for decision in planned))
+        _tell(planned, config, planning)
         return DONE
     chain = Chain(root / config.name, force=options.force, only=stages)
     with Services(config, root) as services:
@@ -87,10 +88,21 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
     return _exit_code(chain)
 
 
-def _plan(chain: Chain, config: ChainConfig, stages: Sequence[str]) -> list[Decision]:
+def _plan(chain: Chain, config: ChainConfig, stages: Sequence[str], *, dry: bool) -> list[Decision]:
     """What would be done; the stages after a search are planned with what it has found so far."""
-    decisions = chain.plan(_chosen(head(config), stages))
+    decisions = chain.plan(_chosen(head(config, planning=dry), stages))
     return decisions + chain.plan(_chosen(tail(tuned(config, chain.done)), stages))
+
+
+def _tell(planned: Sequence[Decision], config: ChainConfig, chain: Chain) -> None:
+    """What would be done and why, and what it would cost; what is done already costs nothing."""
+    from pipeline.plan import estimate, table
+
+    print("\n".join(decision.line() for decision in planned))
+    ahead = {decision.node.key for decision in planned if decision.action is not Action.SKIP}
+    estimates, speed = estimate([decision.node for decision in planned], config, chain.done)
+    if ahead:
+        print("\n".join(table([e for e in estimates if e.key in ahead], speed)))
 
 
 def _chosen(nodes: Iterable[Node[Any]], stages: Sequence[str]) -> list[Node[Any]]:

@@ -8,6 +8,7 @@ from pipeline.config.base import Section
 from pipeline.config.data import AugmentConfig, DataConfig
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
+from pipeline.config.plan import PlanConfig
 from pipeline.config.report import ReportConfig
 from pipeline.config.scaling import ScalingConfig
 from pipeline.config.search import SearchConfig
@@ -62,6 +63,8 @@ class ChainConfig(Section):
     """Threat model, attacks and audit."""
     scaling: ScalingConfig = ScalingConfig()
     """Ray workers. Not part of any result's identity."""
+    plan: PlanConfig = PlanConfig()
+    """What `--dry-run` may take for granted. Not part of any result's identity."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow. Not part of any result's identity."""
     report: ReportConfig = ReportConfig()

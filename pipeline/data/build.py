@@ -55,13 +55,19 @@ def prepare(config: DataConfig, directory: Path, *, seed: int) -> PreparedData:
     return PreparedData.load(directory)
 
 
-def identity(config: DataConfig) -> dict[str, Any]:
+def identity(config: DataConfig, *, planning: bool = False) -> dict[str, Any]:
     """What the data depends on besides the seed, as JSON: the settings that matter, and a stamp of the user's files.
 
     Raises:
-        DataError: the file or folder is not there.
+        DataError: the file or folder is not there; when `planning`, it then has no stamp.
     """
-    return {**config.model_dump(mode="json", exclude=_PLACES), "source": _source_stamp(config)}
+    try:
+        stamp = _source_stamp(config)
+    except DataError:
+        if not planning:
+            raise
+        stamp = None
+    return {**config.model_dump(mode="json", exclude=_PLACES), "source": stamp}
 
 
 def _request(config: DataConfig, seed: int) -> str:

@@ -28,10 +28,11 @@ _BANK = "freeze:bank"
 _SEARCH = "search:best"
 
 
-def head(config: ChainConfig) -> list[Node[Any]]:
-    """The nodes that do not depend on what a search finds."""
+def head(config: ChainConfig, *, planning: bool = False) -> list[Node[Any]]:
+    """The nodes that do not depend on what a search finds. When `planning`, the user's data need not be there yet."""
     nodes: list[Node[Any]] = [
-        prepare_node(branch, PrepareTask(data, config.seed)) for branch, data in _datasets(config).items()
+        prepare_node(branch, PrepareTask(data, config.seed), planning=planning)
+        for branch, data in _datasets(config).items()
     ]
     if config.search.enabled:
         nodes.append(search_node(SearchTask(config, _SOURCE_DATA)))

@@ -17,9 +17,12 @@ class PrepareTask:
     seed: int
 
 
-def prepare_node(branch: str, task: PrepareTask) -> Node[PrepareTask]:
-    """The node that prepares one data set. Its identity is its settings and the content read, not where that lies."""
-    sections = {"data": identity(task.data), "seed": task.seed}
+def prepare_node(branch: str, task: PrepareTask, *, planning: bool = False) -> Node[PrepareTask]:
+    """The node that prepares one data set. Its identity is its settings and the content read, not where that lies.
+
+    When `planning`, the user's files need not be there yet.
+    """
+    sections = {"data": identity(task.data, planning=planning), "seed": task.seed}
     return Node("prepare", branch, task, sections, run_prepare)
 
 

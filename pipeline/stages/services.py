@@ -30,7 +30,7 @@ class Services:
         self.registry = Registry(tracking, self.output)
         self._stack = ExitStack()
         self._has_ray = False
-        params: dict[str, Any] = config.model_dump(mode="json", exclude={"tracking", "scaling", "transfer"})
+        params: dict[str, Any] = config.model_dump(mode="json", exclude={"tracking", "scaling", "transfer", "plan"})
         self.chain_run = self.tracker.chain(config.name, params=params)
 
     def __enter__(self) -> Self:
