@@ -1,5 +1,5 @@
 # make demo and make test are all a newcomer needs; each installs what is missing first.
-.PHONY: demo test test-extended check lint format study study-quick ui bench setup setup-dev clean
+.PHONY: demo test test-extended soak check lint format study study-quick ui bench setup setup-dev clean
 
 PY := .venv/bin/python
 
@@ -14,6 +14,9 @@ test: setup-dev lint   ## lint, types and the tests, all but test-extended
 
 test-extended: setup-dev  ## minutes of waiting: for Ray's own timers (elastic training), for torch.compile
 	@$(PY) -m pytest -q -m extended
+
+soak: setup-dev        ## the demo chain killed at random twenty times; it must end as if nothing had happened
+	@$(PY) -m tests.faults.soak --kills 20
 
 check: setup-dev lint  ## lint, types and the quick tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not chain and not extended and not slow and not gpu" -n auto --dist loadfile
