@@ -1,13 +1,17 @@
 """freeze: the trained activation leaves its network, is digested, and becomes a version in the registry."""
 
+import sys
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.data import PreparedData
-from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+from pipeline.evaluation.stats import Accuracy
+from pipeline.stages.node import Finished, Node, StageContext, StageResult, one_by_one
+from pipeline.tracking.origin import git_commit
 from pipeline.training import TrainedModel, load_model
 from sparta_models import ActivationBank
+from sparta_models.files import SCHEMA
 
 BANK = "bank"
 
@@ -65,8 +69,10 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
         "architecture": bank.architecture,
         "activation": bank.spec.name,
         "digest": bank.digest,
-        "val_clean": f"{trained.val_clean:.4f}",
-        "val_robust": f"{trained.val_robust:.4f}",
+        "schema": str(SCHEMA),
+        "variant": str(bank.spec.options.get("variant", "")),
+        **_accuracies(trained, source, prepared),
+        **({"git_commit": commit} if (commit := git_commit()) else {}),
     }
     description = (
         f"{bank.spec.name} activation of {bank.architecture}, adversarially trained on {prepared.name} "
@@ -76,6 +82,16 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
     frozen = FrozenBank(directory=BANK, digest=bank.digest, reference=reference, alias="candidate")
     files = sorted(f"{BANK}/{path.name}" for path in directory.iterdir())
     return StageResult(frozen.model_dump(mode="json"), files)
+
+
+def _accuracies(trained: TrainedModel, source: Finished, prepared: PreparedData) -> dict[str, str]:
+    """Validation accuracies with their Wilson intervals. Those on test images come with the promotion."""
+    judged = source.record.inputs["sections"]["training"]["selection"]["max_samples"]
+    n = min(prepared.splits["val"].count, judged or sys.maxsize)
+    return {
+        f"val_{name}": str(Accuracy.of(round(value * n), n))
+        for name, value in (("clean", trained.val_clean), ("robust", trained.val_robust))
+    }
 
 
 run_freeze = one_by_one(_freeze)
