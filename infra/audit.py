@@ -7,6 +7,7 @@ has what it requires. Known vulnerabilities are in a database that must be asked
 
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
@@ -52,7 +53,9 @@ def _unmet(name: str, wanted: Requirement, installed: dict[str, Distribution]) -
 
 def main() -> int:
     """Print what is wrong; 1 if anything is."""
-    installed = {canonicalize_name(d.metadata["Name"]): d for d in distributions()}
+    # Not sys.path: setuptools, once imported, puts the packages there that it carries for itself.
+    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    installed = {canonicalize_name(d.metadata["Name"]): d for d in distributions(path=places)}
     found = list(problems(installed, pins(CONSTRAINTS.read_text(encoding="utf-8"))))
     for line in found:
         sys.stdout.write(f"audit: {line}\n")

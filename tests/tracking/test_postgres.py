@@ -118,6 +118,7 @@ def test_nobody_without_a_password_gets_in_and_no_command_line_shows_one(secrets
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"http://127.0.0.1:{server}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=10)
     assert refused.value.code == 401
+    refused.value.close()
     hidden = [(secrets / name).read_text() for name in ("postgres_password", "mlflow_admin_password")]
     shown = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     assert not [line for line in shown if any(password in line for password in hidden)]
