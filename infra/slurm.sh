@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # A chain on a Ray cluster of its own inside a Slurm allocation; arguments are those of python -m pipeline.run:
 #   sbatch --nodes=4 infra/slurm.sh cifar10_cpu scaling.num_workers=4
-# The checkout with its .venv and SPARTA_RUNS must lie on a file system that all nodes share. Slurm's SIGTERM reaches the
-# chain first: it writes its checkpoint and ends its MLflow run, and the same command goes on from there.
+# The checkout with its .venv, SPARTA_RUNS and $HOME (where the token lies) must be on file systems that all nodes share.
+# Slurm's SIGTERM reaches the chain first: it writes its checkpoint and ends its MLflow run, and the same command goes on
+# from there. Two minutes before the time limit that is so everywhere; before a preemption only where slurm.conf says
+# PreemptParameters=send_user_signal.
 #SBATCH --job-name=sparta
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,6 +18,8 @@ cd "${SLURM_SUBMIT_DIR:?expected to be started by sbatch, from the top of the ch
 
 export PATH="$PWD/.venv/bin:$PATH"
 export SPARTA_RUNS="${SPARTA_RUNS:-$PWD/runs}" RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
+# Since Slurm 22.05 srun does not take over --cpus-per-task: every worker of a node would share one core.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 SPARTA_GIT_COMMIT="$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)"
 export SPARTA_GIT_COMMIT
 
@@ -28,7 +32,10 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 nodes=()
 while read -r node; do nodes+=("$node"); done < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head="${nodes[0]}"
-address="$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')"
+address_of_head() { srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" hostname "$1" | awk '{print $1}'; }
+address="$(address_of_head --ip-address)"
+# Where /etc/hosts gives a machine's own name a loopback address (Debian does), no other node would find it there.
+if [ "${#nodes[@]}" -gt 1 ] && [[ $address == 127.* ]]; then address="$(address_of_head --all-ip-addresses)"; fi
 port=$((20000 + SLURM_JOB_ID % 20000)) # another user's Ray on the same node has another
 
 steps=()
@@ -41,7 +48,7 @@ cleanup() {
 }
 trap cleanup EXIT
 
-common=(--num-cpus "${SLURM_CPUS_PER_TASK:-1}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --block)
+common=(--num-cpus "$SRUN_CPUS_PER_TASK" --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --block)
 srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" \
   ray start --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 "${common[@]}" &
 steps+=($!)

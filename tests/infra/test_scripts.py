@@ -1,9 +1,10 @@
-"""Shell scripts without a finding of shellcheck; the runtime environment; a chain in a Slurm allocation of one node."""
+"""Shell scripts without a finding of shellcheck; what a job takes along; a chain in a Slurm allocation."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -26,8 +27,89 @@ def test_runtime_environment_is_one_ray_accepts_and_holds_no_secret() -> None:
     content = yaml.safe_load((ROOT / "infra" / "runtime_env.yaml").read_text(encoding="utf-8"))
     RuntimeEnv(**content)  # refuses unknown fields and wrong types
     assert not [name for name in content["env_vars"] if any(word in name for word in ("PASSWORD", "SECRET", "TOKEN"))]
-    ignored = (ROOT / ".rayignore").read_text(encoding="utf-8").splitlines()
-    assert {".git", ".venv", "runs"} <= set(content["excludes"]) & set(ignored)
+
+
+PATTERNS = {
+    "runtime_env.yaml": yaml.safe_load((ROOT / "infra" / "runtime_env.yaml").read_text(encoding="utf-8"))["excludes"],
+    ".rayignore": [
+        line for line in (ROOT / ".rayignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_package_of_a_job_holds_all_of_the_code_and_nothing_that_changes(name: str) -> None:
+    from ray._private.runtime_env.packaging import _get_excludes
+
+    excluded = _get_excludes(ROOT, PATTERNS[name])
+    packages = (ROOT / package for package in ("pipeline", "sparta_models", "tune_spaces"))
+    code = [path for package in packages for path in package.rglob("*") if "__pycache__" not in path.parts]
+    assert ROOT / "pipeline" / "data" / "__init__.py" in code
+    assert [str(path.relative_to(ROOT)) for path in code if excluded(path)] == []
+    # Directories are excluded as such: Ray does not look into them, hence not at what is being written there.
+    changing = (".git", ".venv", "runs", "data", "mlruns", "logs", "results", "infra/mlflow/secrets", ".mypy_cache")
+    assert [path for path in (*changing, "x.log", "pipeline/__pycache__") if not excluded(ROOT / path)] == []
+
+
+def test_both_lists_of_what_stays_here_agree() -> None:
+    assert PATTERNS[".rayignore"] == PATTERNS["runtime_env.yaml"]
+
+
+class Slurm:
+    """An allocation of two nodes that are this machine; stand-ins for Slurm's commands, Ray and the chain."""
+
+    # srun runs what follows its options; a Ray node is a line in `calls` and a sleep; Debian names a machine 127.0.1.1.
+    TOOLS: ClassVar = {
+        "bin/scontrol": "printf 'node-a\\nnode-b\\n'",
+        "bin/srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "bin/hostname": 'if [ "$1" = --ip-address ]; then echo 127.0.1.1; else echo 10.0.0.7 10.1.0.7; fi',
+        ".venv/bin/ray": 'echo "ray on $SRUN_CPUS_PER_TASK cores: $*" >>"$CALLS"; exec sleep 60',
+    }
+
+    def __init__(self, directory: Path, chain: str) -> None:
+        self.calls, self.home = directory / "calls", directory / "home"
+        self.calls.touch()
+        python = f'if [ "$1" = -c ]; then grep -c "^ray on" "$CALLS"; exit 0; fi; echo "chain $*" >>"$CALLS"; {chain}'
+        for name, text in {**self.TOOLS, ".venv/bin/python": python}.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"#!/bin/sh\n{text}\n")
+            path.chmod(0o755)
+        self.environment = {
+            "PATH": os.pathsep.join([str(directory / "bin"), os.environ["PATH"]]),
+            "HOME": str(self.home),
+            "CALLS": str(self.calls),
+            "SLURM_SUBMIT_DIR": str(directory),
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NODELIST": "node-[a-b]",
+            "SLURM_CPUS_PER_TASK": "4",
+        }
+
+    def run(self, *arguments: str) -> int:
+        command = [ROOT / "infra" / "slurm.sh", *arguments]
+        return subprocess.run(command, env=self.environment, timeout=60, check=False).returncode
+
+
+def test_slurm_script_gives_every_node_its_cores_and_an_address_that_others_reach(tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, chain="exit 7")
+    assert slurm.run("demo", "name=x") == 7
+    *nodes, chain = slurm.calls.read_text().splitlines()
+    assert chain == "chain -m pipeline.run demo name=x"
+    assert len(nodes) == 2
+    assert all(line.startswith("ray on 4 cores: start ") and "--num-cpus 4 " in line for line in nodes)
+    (head,) = [line for line in nodes if "--head" in line]
+    (worker,) = [line for line in nodes if "--head" not in line]
+    assert "--node-ip-address=10.0.0.7 " in head
+    assert "--address=10.0.0.7:24711 " in worker
+    assert list((slurm.home / ".ray").iterdir()) == []  # the token went with the allocation
+
+
+def test_slurm_script_hands_a_signal_on_to_the_chain_and_waits_for_it(tmp_path: Path) -> None:
+    begins = "trap 'echo checkpoint >>\"$CALLS\"; exit 143' TERM; sleep 0.5"
+    ending = f"{begins}; kill -TERM $PPID; while sleep 0.1; do :; done"
+    slurm = Slurm(tmp_path, chain=ending)
+    assert slurm.run("demo") == 143
+    assert slurm.calls.read_text().splitlines()[-1] == "checkpoint"
 
 
 @pytest.mark.ray
