@@ -5,6 +5,7 @@
 #   MLFLOW_BACKEND_STORE_URI  postgresql+psycopg://USER@HOST:5432/DATABASE, without a password
 #   MLFLOW_ARTIFACTS_DESTINATION   s3://BUCKET; a directory for trials without a store
 #   MLFLOW_S3_ENDPOINT_URL    of a store of your own; the bucket is then made when it is missing
+#   MLFLOW_SERVER_ALLOWED_HOSTS   NAME:PORT,... under which a proxy asks; without it 127.0.0.1, localhost, private addresses
 #   HOST, PORT                127.0.0.1 and 5000
 set -euo pipefail
 
@@ -29,6 +30,8 @@ if [[ $MLFLOW_ARTIFACTS_DESTINATION == s3://* ]]; then
   export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_DEFAULT_REGION="${AWS_DEFAULT_REGION:-us-east-1}"
 fi
 if [ -n "${MLFLOW_S3_ENDPOINT_URL:-}" ]; then
+  # A checksum behind the body, boto3's way over TLS, ends up inside the file in stores that do not know it.
+  export AWS_REQUEST_CHECKSUM_CALCULATION="${AWS_REQUEST_CHECKSUM_CALCULATION:-when_required}"
   python - <<'END'
 import os, boto3
 store = boto3.client("s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"])

@@ -43,6 +43,24 @@ def test_image_runs_as_nobody_special_and_says_how_it_is(name: str) -> None:
     compile(program[2], "health", "exec")
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_ray_image_compiles_logs_in_and_says_its_commit(name: str) -> None:
+    lines = stages()[name]
+    (installed,) = [line for line in lines if "useradd" in line]
+    # A compiler and Python's headers for our kernels and Triton's launcher; ssh and rsync for `ray up`.
+    assert {"g++", "python3.11-dev", "openssh-client", "rsync", "wget"} <= set(installed.split())
+    environment = dict(word.split("=", 1) for line in lines if line.startswith("ENV ") for word in line.split()[1:])
+    assert environment["HOME"] == "/home/sparta"  # where `ray up` mounts what belongs into ~
+    assert environment["SPARTA_GIT_COMMIT"] == "$SPARTA_GIT_COMMIT"
+    assert "ARG SPARTA_GIT_COMMIT=unknown" in lines
+    # A login shell, in which `ray up` runs its commands, begins with a PATH of its own.
+    profile = re.search(r"echo '(.*)' >/etc/profile.d/sparta.sh", installed)
+    assert profile is not None
+    shell = ["sh", "-c", f"PATH=/usr/bin:/bin\n{profile[1]}\necho $PATH"]
+    shown = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(environment["PATH"].partition(":")[0] + ":/usr/bin")
+
+
 def test_base_images_and_services_have_versions() -> None:
     bases = re.findall(r"^FROM (\S+) AS", DOCKERFILE, re.MULTILINE)
     outside = {base for base in bases if base not in stages()}
@@ -82,6 +100,7 @@ def test_compose_shows_the_server_to_this_host_alone() -> None:
     assert ports == {"postgres": [], "store": [], "mlflow": ["127.0.0.1:5000:5000"]}
     assert COMPOSE["networks"]["inside"]["internal"] is True
     assert all("healthcheck" in COMPOSE["services"][name] for name in ("postgres", "store"))
+    assert "--host=127.0.0.1" in COMPOSE["services"]["postgres"]["healthcheck"]["test"]  # its socket answers too early
 
 
 def test_secrets_are_made_once_for_their_owner_and_are_all_that_compose_asks_for(tmp_path: Path) -> None:
@@ -103,3 +122,24 @@ def test_secrets_are_made_once_for_their_owner_and_are_all_that_compose_asks_for
         ["git", "check-ignore", "infra/mlflow/secrets/x"], cwd=ROOT, check=False, capture_output=True
     )
     assert tracked.returncode in (0, 128)  # 128: not a git checkout
+
+
+def test_server_script_hands_passwords_over_by_environment_and_suits_other_stores(tmp_path: Path) -> None:
+    subprocess.run([ROOT / "infra" / "mlflow" / "secrets.sh", tmp_path / "secrets"], check=True, capture_output=True)
+    for name, does in (("mlflow", 'echo "$@"; env'), ("python", "exit 0")):  # python: makes the bucket
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SECRETS": str(tmp_path / "secrets"),
+        "MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg://mlflow@db:5432/mlflow",
+        "MLFLOW_ARTIFACTS_DESTINATION": "s3://mlflow",
+        "MLFLOW_S3_ENDPOINT_URL": "https://store:8333",
+    }
+    script = ROOT / "infra" / "mlflow" / "start.sh"
+    shown = subprocess.run([script], env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    passwords = [path.read_text() for path in (tmp_path / "secrets").iterdir()]
+    assert not [password for password in passwords if password in shown[0]]
+    assert f"PGPASSWORD={(tmp_path / 'secrets' / 'postgres_password').read_text()}" in shown
+    # boto3's own default would put a checksum behind the body, which stores that do not know it keep as content.
+    assert "AWS_REQUEST_CHECKSUM_CALCULATION=when_required" in shown
