@@ -2,7 +2,7 @@
 
 Every package is the version that infra/constraints.txt pins, comes from an index and not from a URL or a folder, and
 has what it requires. Known vulnerabilities are in a database that must be asked online:
-`pip install pip-audit && pip-audit -r infra/constraints.txt` (docs/operations.md).
+`pip install pip-audit && pip-audit -r infra/constraints.txt` (SECURITY.md).
 """
 
 import re

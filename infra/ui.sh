@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The MLflow UI over everything under runs/, on this machine alone. PORT=5001 make ui takes another port;
-# BIND=0.0.0.0 make ui opens it to the network, without a password: infra/mlflow/ has a server with one.
+# BIND=0.0.0.0 make ui opens it to the network, without a password: infra/mlflow/ has a server with one. It answers under
+# this machine's names and addresses; MLFLOW_SERVER_ALLOWED_HOSTS=NAME:PORT,... replaces them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +12,16 @@ port="${PORT:-5000}"
 
 case "$host" in
   127.0.0.1 | localhost | ::1) ;;
-  *) echo "WARNING: whoever reaches $host:$port may read, change and delete every run; there is no password" >&2 ;;
+  *)
+    echo "WARNING: whoever reaches $host:$port may read, change and delete every run; there is no password" >&2
+    names="localhost 127.0.0.1 $host $(uname -n) $(hostname -f 2>/dev/null || true) $(hostname -I 2>/dev/null || true)"
+    allowed=""
+    for name in $names; do
+      if [[ $name == *:* ]]; then name="[$name]"; fi # IPv6
+      allowed="$allowed${allowed:+,}$name:$port"
+    done
+    export MLFLOW_SERVER_ALLOWED_HOSTS="${MLFLOW_SERVER_ALLOWED_HOSTS:-$allowed}"
+    ;;
 esac
 echo "MLflow UI  http://$host:$port/?workflowType=machine_learning   (Ctrl-C ends it)"
 find "$root" -maxdepth 2 -name report.html -printf 'report     file://%p\n'
