@@ -3,11 +3,14 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from pipeline.config.base import Section
+
+_USER = re.compile(r"(?<=://)[^/\s]*@")  # up to the last @ before the path: a password may hold one, too
+_SECRETS = "password|passwd|pwd|token|secret|signature|credential|api_?key|access_?key"
+_QUERY = re.compile(rf"([?&](?:sig|[^=&\s]{{0,80}}(?:{_SECRETS})[^=&\s]{{0,80}})=)[^&\s]*", re.IGNORECASE)
 
 
 class TrackingConfig(Section):
@@ -40,7 +43,7 @@ class TrackingConfig(Section):
                 "expected a tracking uri that starts with sqlite:///, http(s)://, postgresql:// or mysql://, "
                 f"got {redact(uri)!r}"
             )
-        if urlsplit(uri).password:
+        if has_password(uri):
             raise ValueError(
                 f"expected a uri without a password, got {redact(uri)!r}; set MLFLOW_TRACKING_URI instead, "
                 "or for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
@@ -52,6 +55,12 @@ class TrackingConfig(Section):
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.absolute()}/mlflow.db"
 
 
+def has_password(url: str) -> bool:
+    """Whether a URL holds a password in front of its host, or a password, token or signature in its query."""
+    user = _USER.search(url)
+    return (user is not None and ":" in user.group()) or _QUERY.search(url) is not None
+
+
 def redact(text: str) -> str:
-    """Replace the user and password of every URL in `text` by "***"."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+    """Replace the user and password of every URL in `text`, and the secrets of its query, by "***"."""
+    return _QUERY.sub(r"\1***", _USER.sub("***@", text))
