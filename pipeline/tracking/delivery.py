@@ -15,7 +15,7 @@ from filelock import FileLock
 from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking.client import ANSWERS, experiment_id, open_client, reaching
 from pipeline.tracking.journal import read_journal
-from pipeline.tracking.lineage import DATA_TAG, UPSTREAM_TAG
+from pipeline.tracking.lineage import ACTIVATION_TAG, DATA_TAG, DIGEST_PREFIX, UPSTREAM_TAG
 from pipeline.tracking.registry import Registry
 from pipeline.tracking.spool import DatasetUse, Delivered, RunRecord, Spool, artifact_stamp
 
@@ -104,10 +104,10 @@ class Delivery:
             self._params_and_tags,
             self._metrics,
             self._datasets,
-            self._activations,
             self._artifacts,
             self._registrations,
             self._status,
+            self._activations,  # last: one that is not registered yet holds up nothing
         )
         for step in steps:
             after = step(record, done)
@@ -158,7 +158,7 @@ class Delivery:
                 start = 0
             entries, offsets[name] = read_journal(path, start)
             points = [
-                Metric(_metric_key(k), v, entry.time, entry.step) for entry in entries for k, v in entry.metrics.items()
+                Metric(metric_key(k), v, entry.time, entry.step) for entry in entries for k, v in entry.metrics.items()
             ]
             for chunk in _chunks(points, _METRICS_PER_CALL):
                 self._mlflow.log_batch(_id(done), metrics=chunk)
@@ -177,8 +177,10 @@ class Delivery:
 
         fresh = [reference for reference in record.activations if reference not in done.activations]
         for reference in fresh:
-            model_id = self.registry.model_id(self.registry.resolve(reference))
-            self._mlflow.log_inputs(_id(done), models=[LoggedModelInput(model_id)])
+            _, _, digest = reference.partition(DIGEST_PREFIX)
+            found = self.registry.holding(digest) if digest else self.registry.resolve(reference)
+            self._mlflow.log_inputs(_id(done), models=[LoggedModelInput(self.registry.model_id(found))])
+            self._mlflow.set_tag(_id(done), ACTIVATION_TAG, found.reference)
         return done.model_copy(update={"activations": (*done.activations, *fresh)})
 
     def _artifacts(self, record: RunRecord, done: Delivered) -> Delivered:
@@ -234,7 +236,7 @@ def _dataset_input(use: DatasetUse) -> "DatasetInput":
     return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", use.context)])
 
 
-def _metric_key(key: str) -> str:
+def metric_key(key: str) -> str:
     """MLflow takes letters, digits and _-. :/ in a metric's name."""
     return "".join(c if c.isalnum() or c in _METRIC_CHARS else "_" for c in key)
 

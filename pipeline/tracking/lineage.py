@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 DIGEST_TAG = "sparta.digest"
 UPSTREAM_TAG = "sparta.upstream"
 DATA_TAG = "sparta.data."
+ACTIVATION_TAG = "activation"
+DIGEST_PREFIX = "sha256:"
 _SHOWN_TAGS = ("fingerprint", "mlflow.source.git.commit")
 
 

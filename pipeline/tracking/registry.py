@@ -4,10 +4,12 @@ A version is a small MLflow model of our own flavour: the files of `ActivationBa
 their sha256. The digest is also a tag of the version, so that a store that swaps file and manifest together is noticed.
 """
 
+import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 _ALIAS = re.compile(r"^(?!latest$|v\d+$)[A-Za-z][\w-]{0,99}$")
 _REFERENCE = re.compile(r"^(?P<name>[^/:@\s]+)(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))$")
 _SOURCE = re.compile(r"^models:/(m-[0-9a-f]{32})$")
+_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds at most
+_CONTENTION = ("Giving up after", "IntegrityError", "UniqueViolation")
 
 
 P = ParamSpec("P")
@@ -85,7 +89,8 @@ class Registry:
                 model_id = self._log_model(Path(directory), files, digest, run_id)
                 version = self._create_version(model_id, run_id, {**(tags or {}), DIGEST_TAG: digest}, description)
             if alias:
-                self.client.set_registered_model_alias(self.config.registry_model, alias, str(version))
+                name = self.config.registry_model
+                _contended(lambda: self.client.set_registered_model_alias(name, alias, str(version)))
         return self.resolve(f"{self.config.registry_model}/{version}")
 
     @_reaching
@@ -113,11 +118,20 @@ class Registry:
 
     @_reaching
     def versions(self) -> list[Activation]:
-        """All versions of the configured model, newest first."""
+        """All versions of the configured model that this pipeline registered, newest first."""
         found = self.client.search_model_versions(f"name = '{self.config.registry_model}'")
         aliases = self._aliases()
-        pinned = [self._pinned(version, aliases.get(int(version.version), ())) for version in found]
+        ours = [version for version in found if DIGEST_TAG in version.tags]
+        pinned = [self._pinned(version, aliases.get(int(version.version), ())) for version in ours]
         return sorted(pinned, key=lambda activation: -activation.version)
+
+    @_reaching
+    def holding(self, digest: str) -> Activation:
+        """The newest version whose files have this digest. ValueError when there is none."""
+        for found in self.versions():
+            if found.digest == digest:
+                return found
+        raise ValueError(f"expected a version of {self.config.registry_model} with digest {digest}, got none so far")
 
     @_reaching
     def set_alias(self, reference: str, alias: str) -> None:
@@ -134,6 +148,15 @@ class Registry:
         found = self.resolve(reference)
         for key, value in tags.items():
             self.client.set_model_version_tag(found.name, str(found.version), key, value)
+
+    @_reaching
+    def remove_tags(self, reference: str, keys: Iterable[str]) -> None:
+        """Remove tags of a version, where it has them; the digest tag cannot be removed."""
+        if DIGEST_TAG in (wanted := set(keys)):
+            raise ValueError(f"expected tags other than {DIGEST_TAG}, which pins the content of a version")
+        found = self.resolve(reference)
+        for key in sorted(wanted & found.tags.keys()):
+            self.client.delete_model_version_tag(found.name, str(found.version), key)
 
     @_reaching
     def pull(self, reference: str, directory: Path) -> Activation:
@@ -223,9 +246,12 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        source = f"models:/{model_id}"
         with default_store(self.uri):
-            version = self.client.create_model_version(
-                name, source=f"models:/{model_id}", run_id=run_id, tags=tags, description=description, model_id=model_id
+            version = _contended(
+                lambda: self.client.create_model_version(
+                    name, source=source, run_id=run_id, tags=tags, description=description, model_id=model_id
+                )
             )
         return int(version.version)
 
@@ -274,11 +300,28 @@ class Registry:
 
     @contextmanager
     def _write_lock(self) -> Iterator[None]:
-        # Versions are "highest + 1" in MLflow; several processes on one SQLite file would exhaust its three attempts.
+        # On a server `_contended` has to do. On one SQLite file the processes would wait for each other all the time.
         path = sqlite_path(self.uri)
         self.client  # noqa: B018  connects, and migrates, before the lock is taken
         with FileLock(f"{path}.registry.lock") if path else nullcontext():
             yield
+
+
+def _contended(call: Callable[[], R]) -> R:
+    """Call MLflow again, after a random while, as long as it says that another process was quicker.
+
+    A version is "highest + 1" there, tried three times; an alias is looked up and then inserted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for pause in _PAUSES:
+        try:
+            return call()
+        except MlflowException as error:
+            if not any(mark in str(error) for mark in _CONTENTION):
+                raise
+        time.sleep(random.uniform(0, pause))  # noqa: S311 - only to part the processes
+    return call()
 
 
 def _check_alias(alias: str | None) -> None:

@@ -68,7 +68,7 @@ class RunRecord(_Record):
     journals: tuple[str, ...] = ()
     artifacts: tuple[ArtifactFile, ...] = ()
     datasets: tuple[DatasetUse, ...] = ()
-    activations: tuple[str, ...] = ()  # registered versions that the run used
+    activations: tuple[str, ...] = ()  # registered versions that the run used; until they are known, their digests
     registrations: tuple[Registration, ...] = ()
 
     @property
@@ -182,6 +182,7 @@ def is_pending(record: RunRecord, delivered: Delivered, root: Path) -> bool:
     """Whether a record, a journal or an artifact holds something that was not delivered."""
     return (
         delivered.revision != record.revision
+        or not set(record.activations) <= set(delivered.activations)
         or any(
             (root / path).stat().st_size > delivered.offsets.get(path, 0)
             for path in record.journals

@@ -103,8 +103,14 @@ class Run:
         return self.tracker.spool.delivered(self.tracker.uri, self._record.key).run_id
 
     def mirror(self, journal: Path) -> None:
-        """Deliver a journal's metrics while it grows; the file need not exist yet."""
-        name = self._relative(journal)
+        """Deliver a journal's metrics while it grows; the file need not exist yet.
+
+        An earlier run of the same journal keeps what it was sent: what is written from here on is this run's.
+        """
+        name, spool = self._relative(journal), self.tracker.spool
+        for other in spool.records():
+            if name in other.journals and other.key != self.key:
+                spool.update(other.key, journals=lambda old: tuple(one for one in old if one != name))
         self._update(journals=lambda old: old if name in old else (*old, name))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
@@ -137,7 +143,11 @@ class Run:
         self._update(datasets=lambda old: old if use in old else (*old, use))
 
     def activation(self, reference: str) -> None:
-        """Name a registered activation, NAME/VERSION, as an input of the run: the version's page then links here."""
+        """Name a registered activation as an input of the run: the version's page then links here.
+
+        reference: NAME/VERSION. Before MLflow has told the version, "sha256:" and the digest of the bank's files: the
+        delivery then finds the version, and tags the run with it.
+        """
         self._update(activations=lambda old: old if reference in old else (*old, reference))
 
     def register(

@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import psutil
 import pytest
 
 from pipeline.config.tracking import TrackingConfig
-from pipeline.tracking import Registry, read_history
+from pipeline.tracking import Registry, bank_digest, read_history
 from pipeline.tracking.client import open_client
+from tests.tracking.conftest import write_bank
 from tests.tracking.test_tracking_faults import free_port, healthy
 
 ROOT = Path(__file__).parents[2]
@@ -160,3 +162,29 @@ def test_chain_tracks_and_registers_on_postgresql(
     assert "made by freeze:bank" in registry.lineage(pulled.reference)
     kept = [path for path in tmp_path.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
     assert kept == []
+
+
+@pytest.mark.timeout(240)
+def test_processes_may_race_for_version_numbers_and_an_alias(
+    secrets: Path, server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server}")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", (secrets / "mlflow_admin_password").read_text())
+    code = (
+        "import sys; from pathlib import Path; from pipeline.tracking import Registry;"
+        "from pipeline.config.tracking import TrackingConfig;"
+        "registry = Registry(TrackingConfig(registry_model='raced', request_timeout=60), Path('.'));"
+        "[registry.register(Path(sys.argv[1])) for _ in range(3)]"
+    )
+    banks = [write_bank(tmp_path / f"bank{i}", float(i)) for i in range(3)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(bank)], stderr=subprocess.PIPE, text=True) for bank in banks
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error
+    versions = Registry(TrackingConfig(registry_model="raced"), tmp_path).versions()
+    assert [found.version for found in versions] == list(range(9, 0, -1))
+    assert Counter(found.digest for found in versions) == dict.fromkeys((bank_digest(bank) for bank in banks), 3)
+    assert [found.aliases for found in versions if found.aliases] == [("candidate",)]

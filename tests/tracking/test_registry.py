@@ -1,8 +1,11 @@
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from safetensors.numpy import load_file
 
 from pipeline.config.tracking import TrackingConfig
@@ -118,6 +121,41 @@ def test_a_version_from_elsewhere_is_refused(registry: Registry, bank: Path, tmp
     registry.client.create_model_version(made.name, source="/etc")
     with pytest.raises(ValueError, match="not registered by this pipeline"):
         registry.resolve("sparta-activation/3")
+    assert [found.version for found in registry.versions()] == [2, 1]
+
+
+def test_another_process_that_is_quicker_is_borne(registry: Registry, bank: Path, monkeypatch: pytest.MonkeyPatch):
+    """As MLflow says it: after three attempts at a version number, and where two insert the same alias."""
+    monkeypatch.setattr("pipeline.tracking.registry._PAUSES", (0.0, 0.0))
+    complaints = {
+        "create_model_version": "Model Version creation error (name=x). Giving up after 3 attempts.",
+        "set_registered_model_alias": "(psycopg.errors.UniqueViolation) duplicate key value",
+    }
+    left = dict.fromkeys(complaints, 2)
+
+    def contended(name: str, real: Callable[..., object], *args: object, **options: object) -> object:
+        left[name] -= 1
+        if left[name] >= 0:
+            raise MlflowException(complaints[name])
+        return real(*args, **options)
+
+    for name in complaints:
+        monkeypatch.setattr(registry.client, name, partial(contended, name, getattr(registry.client, name)))
+    assert registry.register(bank).aliases == ("candidate",)
+    assert list(left.values()) == [-1, -1]
+
+
+def test_any_other_refusal_is_not_tried_again(registry: Registry, bank: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def refused(*args: object, **kw: object):
+        calls.append(args)
+        raise MlflowException("no", error_code=INVALID_PARAMETER_VALUE)
+
+    monkeypatch.setattr(registry.client, "create_model_version", refused)
+    with pytest.raises(MlflowException, match="no"):
+        registry.register(bank)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("reference", ["sparta-activation", "a@b@c", "../x/1", "sparta-activation/0", "", "name@"])

@@ -126,6 +126,29 @@ def test_a_stage_done_again_from_the_start_is_a_new_run_with_its_own_metrics(roo
         assert [m.value for m in client_of(root).get_metric_history(run_id, "loss")] == [value]
 
 
+def test_a_stage_done_again_adds_nothing_to_the_run_before_it(root: Path, config: TrackingConfig):
+    """Its journal lies at the same place and becomes longer than the one that was delivered."""
+    run_ids = []
+    for value, steps in ((1.0, 3), (2.0, 10)):
+        (root / "metrics.jsonl").unlink(missing_ok=True)
+        with (
+            Tracker(config, root).chain("demo") as chain,
+            chain.stage("pretrain", tags={"fingerprint": "f"}) as stage,
+        ):
+            stage.mirror(root / "metrics.jsonl")
+            with Journal(root / "metrics.jsonl") as journal:
+                for step in range(steps):
+                    journal.log({"loss": value}, step)
+            assert chain.tracker.flush(30)
+            run_ids.append(stage.run_id)
+    assert Tracker(config, root).pending() == 0
+    histories = [client_of(root).get_metric_history(str(run_id), "loss") for run_id in run_ids]
+    assert [[(m.step, m.value) for m in history] for history in histories] == [
+        [(step, 1.0) for step in range(3)],
+        [(step, 2.0) for step in range(10)],
+    ]
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")]
 )

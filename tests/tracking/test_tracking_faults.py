@@ -17,10 +17,11 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.config.tracking import TrackingConfig
-from pipeline.tracking import Journal, Registry, Tracker
+from pipeline.tracking import Journal, Registry, Tracker, bank_digest
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.client import open_client
 from pipeline.tracking.delivery import Delivery
+from pipeline.tracking.spool import Spool
 from tests.tracking.conftest import write_bank
 
 CHAIN = """
@@ -135,6 +136,32 @@ def test_a_run_without_a_server_is_delivered_later_in_full(
     assert "0 runs delivered" in capsys.readouterr().out
     assert steps(open_client(here)) == ("FINISHED", list(range(1500)))
     assert Registry(config, root).resolve("sparta-activation@candidate").version == 1
+
+
+def test_an_activation_that_mlflow_did_not_know_yet_is_pinned_when_it_does(root: Path, config: TrackingConfig):
+    bank = write_bank(root / "bank")
+    away = config.model_copy(update={"uri": f"http://127.0.0.1:{free_port()}", "close_seconds": 0})
+    with Tracker(away, root).chain("demo") as chain:
+        with chain.stage("freeze") as stage:
+            assert stage.register(bank) is None
+        with chain.stage("transfer") as stage:
+            stage.activation(f"sha256:{bank_digest(bank)}")
+        with chain.stage("stranger") as stage:
+            stage.activation(f"sha256:{'0' * 64}")
+    here = f"sqlite:///{root}/mlflow.db"
+    assert main(["sync", str(root), "--uri", here]) == 1  # there is no such bank
+    client, registry = open_client(here), Registry(config, root)
+    experiment = client.get_experiment_by_name("sparta")
+    assert experiment is not None
+    runs = {
+        run.info.run_name: client.get_run(run.info.run_id) for run in client.search_runs([experiment.experiment_id])
+    }
+    found = registry.resolve("sparta-activation/1")
+    assert [used.model_id for used in runs["transfer"].inputs.model_inputs] == [registry.model_id(found)]
+    assert runs["transfer"].data.tags["activation"] == "sparta-activation/1"
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    spool = Spool(root)
+    assert [record.name for record in spool.pending(here)] == ["stranger"]
 
 
 def test_sync_of_anything_else_says_what_it_expects(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
