@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,14 +141,15 @@ class ActivationBank:
         try:
             spec = ActivationSpec.parse(meta["activation"])
             infos = tuple(SiteInfo(**info) for info in meta["sites"])
-            entries = _entries(spec, infos, tensors)
-        except (TypeError, ValueError) as error:
+            bank = cls(spec, _entries(spec, infos, tensors), infos, meta["architecture"], meta["source"])
+            digest = bank.digest
+        # Sizes that no tensor can have are a RuntimeError or an OverflowError of torch.
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{directory}: expected sites and tensors of one activation, got: {said}") from error
-        bank = cls(spec, entries, infos, meta["architecture"], meta["source"])
-        if bank.digest != meta["digest"]:
+        if digest != meta["digest"]:
             raise ValueError(
-                f"expected a bank with digest {meta['digest']}, got {bank.digest}; the files don't belong together"
+                f"expected a bank with digest {meta['digest']}, got {digest}; the files don't belong together"
             )
         return bank
 
@@ -179,8 +179,3 @@ def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, Activation) and module.frozen:
             frozen |= {f"{name}.{key}": p for key, p in module.named_parameters()}
     return frozen
-
-
-def activations(model: nn.Module) -> dict[str, Any]:
-    """The distinct functions of a network, by key."""
-    return {info.key: site.function for info, (_, site) in zip(sites(model), named_sites(model), strict=True)}

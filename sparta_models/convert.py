@@ -2,7 +2,7 @@
 
 The network is traced with torch.fx down to torch's own modules. Every call of a rectifier-like activation on a map,
 module or function, becomes a site of its own, also where the author calls one nn.ReLU in many places. A forward pass
-on the meta device tells channels and resolutions; the resolutions number the stages.
+on the meta device tells channels and resolutions, which with the modules around a call say where it stands.
 """
 
 import copy
@@ -13,27 +13,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparta_models.activations import Activation
+from sparta_models.calls import KINDS, Call, places
 from sparta_models.models.common import Normalize
 from sparta_models.sites import ActivationSpec, Site, install
-
-KINDS: dict[Any, str] = {
-    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_), "relu"),
-    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
-    **dict.fromkeys((nn.LeakyReLU, F.leaky_relu, F.leaky_relu_), "leaky_relu"),
-    **dict.fromkeys((nn.PReLU, F.prelu), "prelu"),
-    **dict.fromkeys((nn.ELU, F.elu), "elu"),
-    **dict.fromkeys((nn.GELU, F.gelu), "gelu"),
-    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
-    **dict.fromkeys((nn.Mish, F.mish), "mish"),
-    **dict.fromkeys((nn.Softplus, F.softplus), "softplus"),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
-}
-"""Module class or function -> kind of activation that is replaced. A gate such as Sigmoid is none."""
-
-_METHODS = {"relu": "relu", "relu_": "relu"}
 
 
 @dataclass(frozen=True)
@@ -48,18 +33,37 @@ class Replacement:
     site: str | None
 
 
+class Converted(fx.GraphModule):
+    """A traced network that knows, as its copies do, what was replaced in it and what stands at its sites."""
+
+    replacements: list[Replacement]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Converted":
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, Converted)
+        # fx copies the graph and the modules alone.
+        for name in _REMEMBERED & set(self.__dict__):
+            object.__setattr__(twin, name, copy.copy(self.__dict__[name]))
+        return twin
+
+
+_REMEMBERED = {"replacements", "_activation_spec", "_architecture"}
+
+
 def convert(
     model: nn.Module,
     activation: str | Mapping[str, Any] | ActivationSpec = "sparta",
     *,
     input_shape: tuple[int, int, int] = (3, 224, 224),
     only: Collection[str] | None = None,
-) -> fx.GraphModule:
+) -> Converted:
     """Return a copy of a CNN whose activations are sites, filled with the named activation.
 
     Weights, their names and the train or eval mode are kept. Activations on vectors, or on maps of one pixel as in
-    squeeze-and-excitation, have no positions and are kept. `model.replacements` lists every call, replaced or kept. The
-    copy wants the images that the network wanted: nn.Sequential(Normalize(3, mean, std), model) takes [0, 1].
+    squeeze-and-excitation, have no positions and are kept, and so are activations of this library that stand there
+    without a site. `model.replacements` lists every call, replaced or kept. The copy wants the images that the network
+    wanted: nn.Sequential(Normalize(3, mean, std), model) takes [0, 1]. An in-place call counts as one on its input's
+    own name: a view that was taken before keeps what it was.
 
     Args:
         model: the network, x (B, C, H, W) -> anything.
@@ -76,7 +80,7 @@ def convert(
         raise ValueError(f"unknown kinds {unknown}; known: {', '.join(sorted(set(KINDS.values())))}")
     graph_module = _trace(copy.deepcopy(model))
     _propagate(graph_module, input_shape)
-    calls = [call for node in graph_module.graph.nodes if (call := _Call.of(graph_module, node, only))]
+    calls = [call for node in graph_module.graph.nodes if (call := Call.of(graph_module, node, only))]
     if not any(call.replaced for call in calls):
         raise ValueError("expected a CNN with activations on (B, C, H, W) maps, got none to replace")
     replacements = _replace(graph_module, calls)
@@ -90,17 +94,21 @@ def convert(
 
 
 class _Tracer(fx.Tracer):
-    """Goes into every module but torch's own, our sites and normalisation, and those whose training mode a graph would
-    freeze (DropPath)."""
+    """Goes into every module but torch's own, those of this library, and those whose training mode a graph would freeze
+    (DropPath)."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         code = getattr(type(m).forward, "__code__", None)
         modal = code is not None and "training" in code.co_names
         alone = isinstance(m, _BatchNorm) or not list(m.children())
-        return isinstance(m, Site | Normalize) or (modal and alone) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            isinstance(m, Site | Normalize | Activation)
+            or (modal and alone)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
+def _trace(model: nn.Module) -> Converted:
     mode = model.training
     try:
         other = str(_Tracer().trace(model.train(not mode)))
@@ -115,7 +123,7 @@ def _trace(model: nn.Module) -> fx.GraphModule:
             f"expected the same graph in train and eval mode, got two of {type(model).__name__}; put what depends on "
             "self.training into a module without children, such as nn.Dropout"
         )
-    return fx.GraphModule(model, graph, type(model).__name__)
+    return Converted(model, graph, type(model).__name__)
 
 
 def _propagate(graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
@@ -133,101 +141,24 @@ def _propagate(graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) 
         own.meta["shape"] = tuple(shape)
 
 
-@dataclass
-class _Call:
-    """A call of an activation in the graph."""
-
-    node: fx.Node
-    kind: str
-    was: str
-    inside: str | None
-    """Name of the activation in a leaf that calls it last (timm's BatchNormAct2d)."""
-    inplace: bool
-    chosen: bool
-
-    @classmethod
-    def of(cls, graph_module: fx.GraphModule, node: fx.Node, only: Collection[str] | None) -> "_Call | None":
-        target, inside, inplace = node.target, None, bool(node.kwargs.get("inplace"))
-        if node.op == "call_module":
-            module = graph_module.get_submodule(str(target))
-            act = getattr(module, "act", None)
-            if isinstance(module, _BatchNorm) and isinstance(act, nn.Module):
-                module, inside = act, f"{target}.act"
-            kind = _module_kind(module)
-            was, inplace = f"{target} ({type(module).__name__})", bool(getattr(module, "inplace", False))
-        elif node.op == "call_method":
-            kind, was = _METHODS.get(str(target)), f"Tensor.{target}"
-        else:
-            kind = KINDS.get(target) if node.op == "call_function" else None
-            was = getattr(target, "__name__", str(target))
-        if kind is None:
-            return None
-        inplace = inplace or was.endswith("_")
-        return cls(node, kind, was, inside, inplace and inside is None, only is None or kind in only)
-
-    @property
-    def source(self) -> fx.Node:
-        """The activation's input; the leaf's own node where it is inside one."""
-        source = self.node if self.inside else (self.node.args or list(self.node.kwargs.values()))[0]
-        assert isinstance(source, fx.Node)
-        return source
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the input as (B, C, H, W), or as it is when that isn't a map."""
-        shape = self.source.meta["shape"]
-        return (shape[0], shape[3], shape[1], shape[2]) if self.channels_behind else shape
-
-    @property
-    def channels_behind(self) -> bool:
-        """Whether the map is (B, H, W, C), as behind the linear layers of a ConvNeXt block."""
-        owner = self.source.graph.owning_module
-        assert owner is not None
-        module = owner.get_submodule(str(self.source.target)) if self.source.op == "call_module" else None
-        linear = isinstance(module, nn.Linear | nn.LayerNorm) or self.source.target in (F.linear, F.layer_norm)
-        return linear and len(self.source.meta["shape"]) == 4
-
-    @property
-    def replaced(self) -> bool:
-        """Whether a site comes here."""
-        return self.chosen and len(self.shape) == 4 and self.shape[2] * self.shape[3] > 1
-
-
-def _module_kind(module: nn.Module) -> str | None:
-    return next((k for known, k in KINDS.items() if isinstance(known, type) and isinstance(module, known)), None)
-
-
-def _replace(graph_module: fx.GraphModule, calls: list[_Call]) -> list[Replacement]:
+def _replace(graph_module: fx.GraphModule, calls: list[Call]) -> list[Replacement]:
     # What is read from the graph is read before the first change to it.
     shapes = [call.shape for call in calls]
     replaced = [call.replaced for call in calls]
-    places = iter(_places([shape[2] for shape, yes in zip(shapes, replaced, strict=True) if yes]))
+    where = iter(places([call for call, yes in zip(calls, replaced, strict=True) if yes]))
     taken = {str(call.node.target) for call, yes in zip(calls, replaced, strict=True) if not yes}
     replacements = []
     for call, shape, yes in zip(calls, shapes, replaced, strict=True):
         name = _free_name(call, taken) if yes else None
         if name is not None:
-            stage, block = next(places)
-            graph_module.add_submodule(name, Site(shape[1], stage=stage, block=block))
+            graph_module.add_submodule(name, Site(shape[1], **next(where)._asdict()))
             if call.inside is None:
                 _rewire(graph_module.graph, call, name)
         replacements.append(Replacement(call.kind, call.was, shape, name))
     return replacements
 
 
-def _places(heights: list[int]) -> list[tuple[int, int]]:
-    """Give each call its stage and its number there. A lone call at the first resolution is a stem, stage 0."""
-    sizes = sorted(set(heights), reverse=True)
-    first = 0 if heights.count(sizes[0]) == 1 and len(sizes) > 1 else 1
-    counts = dict.fromkeys(sizes, -1)
-    places = []
-    for height in heights:
-        counts[height] += 1
-        places.append((sizes.index(height) + first, counts[height]))
-    return places
-
-
-def _free_name(call: _Call, taken: set[str]) -> str:
+def _free_name(call: Call, taken: set[str]) -> str:
     """Name the site as the module that it replaces, with a number where that one is called again."""
     base = call.inside or (str(call.node.target) if call.node.op == "call_module" else f"sites.{call.node.name}")
     name, count = base, 1
@@ -238,7 +169,7 @@ def _free_name(call: _Call, taken: set[str]) -> str:
     return name
 
 
-def _rewire(graph: fx.Graph, call: _Call, name: str) -> None:
+def _rewire(graph: fx.Graph, call: Call, name: str) -> None:
     """Put a call of the site in the place of the activation's."""
     node, source, behind = call.node, call.source, call.channels_behind
     with graph.inserting_before(node):

@@ -1,5 +1,9 @@
-"""The files of a bank: bank.safetensors and bank.json, written whole or not at all, and refused when anything is
-amiss."""
+"""The files of a bank: bank.safetensors and bank.json, each written whole or not at all, and refused when anything is
+amiss.
+
+Both are on the disk and verified under temporary names before the first takes its place. A crash between the two
+renames leaves files that don't belong together, which the sha256 in bank.json tells.
+"""
 
 import hashlib
 import json
@@ -29,24 +33,27 @@ def write_bank(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
     sealed = {"schema": SCHEMA, **meta, "sha256": hashlib.sha256(data).hexdigest()}
     sealed["seal"] = _seal(sealed)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / TENSORS, data)
-    _write(directory / META, json.dumps(sealed, indent=1, sort_keys=True).encode())
+    text = json.dumps(sealed, indent=1, sort_keys=True).encode()
+    _write({directory / TENSORS: data, directory / META: text})
     return directory
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(contents: Mapping[Path, bytes]) -> None:
     # Opened by name, not by mkstemp, whose mode 0600 would hide the bank from other users of a shared filesystem.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in contents}
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if temporary.read_bytes() != data:
-            raise OSError(f"{path} was not written as given")
-        temporary.replace(path)
+        for path, temporary in temporaries.items():
+            with temporary.open("xb") as file:
+                file.write(contents[path])
+                file.flush()
+                os.fsync(file.fileno())
+            if temporary.read_bytes() != contents[path]:
+                raise OSError(f"{path} was not written as given")
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def read_bank(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,15 +102,18 @@ def _read(path: Path) -> bytes:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
+    data = _read(path)
     try:
-        meta = json.loads(_read(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        meta = json.loads(data)
+        seal = _seal(meta) if isinstance(meta, dict) else None
+    # Besides what isn't JSON: numbers too long for Python (a ValueError), and lists in lists without end.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got: {error}") from error
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
         got = meta.get("schema") if isinstance(meta, dict) else type(meta).__name__
         raise ValueError(f"{path}: expected schema {SCHEMA}, got {got}; write the bank again with this version")
     if set(meta) != _KEYS:
         raise ValueError(f"{path}: expected keys {sorted(_KEYS)}, got {sorted(meta)}")
-    if meta["seal"] != _seal(meta):
-        raise ValueError(f"{path}: expected seal {_seal(meta)}, got {meta['seal']}; the file is altered")
+    if meta["seal"] != seal:
+        raise ValueError(f"{path}: expected seal {seal}, got {meta['seal']}; the file is altered")
     return meta

@@ -28,11 +28,12 @@ class Site(nn.Module):
         num_channels: C.
         stage: resolution stage: 0 is the stem, 1 the first stage of blocks.
         block: number of the block within the stage.
+        position: order within the block; sites of the same position are in the order of their registration.
     """
 
-    def __init__(self, num_channels: int, *, stage: int, block: int) -> None:
+    def __init__(self, num_channels: int, *, stage: int, block: int, position: int = 0) -> None:
         super().__init__()
-        self.num_channels, self.stage, self.block = num_channels, stage, block
+        self.num_channels, self.stage, self.block, self.position = num_channels, stage, block, position
         self.key: str | None = None
         """Key of the shared function that stands here, None for an own one."""
 
@@ -122,9 +123,9 @@ class ActivationSpec:
 
 
 def named_sites(model: nn.Module) -> list[tuple[str, Site]]:
-    """List (name, site) by stage and block; inside a block in the order of registration, which is that of the calls."""
+    """List (name, site) by stage, block and position; in the networks of `MODELS` registration gives the position."""
     found = [(name, module) for name, module in unwrap(model).named_modules() if isinstance(module, Site)]
-    return sorted(found, key=lambda pair: (pair[1].stage, pair[1].block))
+    return sorted(found, key=lambda pair: (pair[1].stage, pair[1].block, pair[1].position))
 
 
 def sites(model: nn.Module) -> list[SiteInfo]:

@@ -14,21 +14,32 @@ def match(target: Sequence[SiteInfo], source: Sequence[SiteInfo]) -> dict[str, S
     Stages >= 1 correspond by relative number (3 stages against 4: first to first, last to last); a stem goes to a
     stem, or, where the source has none, to the first stage. Blocks correspond by relative depth in their stage (a lone
     block to the first), sites by relative position in their block (a lone site to the last), so that the site behind a
-    residual addition gets the function of such a site.
+    residual addition gets the function of such a site. Where one of two stages has no block of several sites, as in
+    VGG, its sites correspond by relative depth in the stage.
     """
     return {site.name: _nearest(site, target, source) for site in target}
 
 
 def _nearest(site: SiteInfo, target: Sequence[SiteInfo], source: Sequence[SiteInfo]) -> SiteInfo:
     stage = _stage(site.stage, _stages(target), _stages(source))
-    candidates = [s for s in source if s.stage == stage]
-    own = [s for s in target if s.stage == site.stage]
-    block = _relative(site.block, max(s.block for s in own), max(s.block for s in candidates), alone=0)
-    candidates = [s for s in candidates if s.block == block]
-    own = [s for s in own if s.block == site.block]
-    last = len(candidates) - 1
-    position = _relative(site.position, len(own) - 1, last, alone=last)
-    return candidates[position]
+    own, theirs = (
+        sorted((s for s in infos if s.stage == number), key=lambda s: s.depth)
+        for infos, number in ((target, site.stage), (source, stage))
+    )
+    own_blocks, their_blocks = _blocks(own), _blocks(theirs)
+    if len(own) > 1 and (len(own_blocks) == len(own) or len(their_blocks) == len(theirs)):
+        return theirs[_relative(own.index(site), len(own) - 1, len(theirs) - 1, alone=0)]
+    number = list(own_blocks).index(site.block)
+    chosen = list(their_blocks.values())[_relative(number, len(own_blocks) - 1, len(their_blocks) - 1, alone=0)]
+    mates, last = own_blocks[site.block], len(chosen) - 1
+    return chosen[_relative(mates.index(site), len(mates) - 1, last, alone=last)]
+
+
+def _blocks(infos: Sequence[SiteInfo]) -> dict[int, list[SiteInfo]]:
+    blocks: dict[int, list[SiteInfo]] = {}
+    for info in infos:
+        blocks.setdefault(info.block, []).append(info)
+    return blocks
 
 
 def _stages(infos: Sequence[SiteInfo]) -> list[int]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparta_models.activations.functional import correlate
-from sparta_models.activations.fused import alias, for_kernel, gradients, kernel_for, layout, needed
+from sparta_models.activations.functional import correlate, own_precision
+from sparta_models.activations.fused import alias, for_kernel, gradients, kernel_for, layout, needed, traced
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -28,8 +28,7 @@ def attention_gate(x: Tensor, weight: Tensor, pooled: Tensor, bias: Tensor | Non
         bias: (C,) or None.
         dilation: spacing of the taps.
     """
-    # Tracers see the operators, which they can export and fuse in their own ways.
-    if torch.compiler.is_compiling():
+    if traced():
         return reference(x, weight, pooled, bias, dilation)
     return _AttentionGate.apply(x, alias(weight), alias(pooled), alias(bias), dilation)  # type: ignore[no-any-return]
 
@@ -43,7 +42,7 @@ def logits(x: Tensor, weight: Tensor, pooled: Tensor, bias: Tensor | None, dilat
     """Return g (B, C, H, W). Channels that share the maximum share its gradient."""
     maps = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)  # (B, 2, H, W)
     padding = dilation * (pooled.shape[-1] // 2)
-    with torch.autocast(x.device.type, enabled=False):
+    with own_precision(x):
         shared = F.conv2d(maps, pooled.to(x.dtype), padding=padding, dilation=dilation)
     return correlate(x, weight, bias, dilation) + shared
 

@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Cell(NamedTuple):
@@ -58,12 +59,20 @@ class Activation(nn.Module):
     def freeze(self) -> "Activation":
         """Pin parameters and running statistics for good."""
         self.frozen = True
-        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                # What it gives in eval mode stays the same; `reset_running_stats` (swa_utils.update_bn) spares it then.
+                module.track_running_stats = False
         return self.eval()
 
     def train(self, mode: bool = True) -> "Activation":
-        """Switch the mode; a frozen activation stays in eval mode."""
+        """Switch the mode; a frozen activation stays in eval mode, and its parameters are pinned again."""
         super().train(mode and not self.frozen)
+        if self.frozen:
+            for parameter in self.parameters():
+                parameter.requires_grad_(False)
+                # An optimizer moves whatever has a gradient, be it an old one.
+                parameter.grad = None
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

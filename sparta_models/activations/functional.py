@@ -9,13 +9,14 @@ they are asked for, which in an attack they need not be, and with a frozen bank 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparta_models.activations.fused import alias, for_kernel, gradients, kernel_for, layout, needed
+from sparta_models.activations.fused import alias, for_kernel, gradients, kernel_for, layout, needed, traced
 
 _Inputs = tuple[Tensor, Tensor, Tensor | None]
 
@@ -29,8 +30,7 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
         bias: (C,) or None.
         dilation: spacing of the taps.
     """
-    # Tracers see the operators, which they can export and fuse in their own ways.
-    if torch.compiler.is_compiling():
+    if traced():
         return reference(x, weight, bias, dilation)
     return _DepthwiseGate.apply(x, alias(weight), alias(bias), dilation)  # type: ignore[no-any-return]
 
@@ -96,10 +96,15 @@ def _by_operators(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: 
     ]
 
 
+def own_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Where a gate is computed in x's own type, under autocast too: forward and backward then see the same gate."""
+    # The meta device has no autocast to be switched off.
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
 def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
     """Return w * x + b: each channel of x (B, C, H, W) with its own kernel, zero padding, same size."""
-    # The gate is computed in x's own precision, under autocast too: forward and backward then see the same gate.
-    with torch.autocast(x.device.type, enabled=False):
+    with own_precision(x):
         return F.conv2d(
             x,
             weight.to(x.dtype),

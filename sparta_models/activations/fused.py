@@ -12,6 +12,11 @@ from sparta_models.kernels import kernel, triton_kernel
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
 
 
+def traced() -> bool:
+    """Whether a tracer looks on. It sees torch's operators, which it can export, and fuse in its own ways."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int) -> Any:
     """What holds `name`_forward and `name`_backward for x (B, C, H, W) and kernels `weight` (C, 1, k, k); None where
     torch's operators have to serve."""

@@ -130,7 +130,7 @@ class SmoothMaxGate(CorrelationGate):
         """Return the smooth maximum, (B, C, H, W)."""
         condition: Tensor = self(x)
         d = x - condition
-        return condition + d * torch.sigmoid(self.sharpness * d)
+        return condition + d * torch.sigmoid(self.sharpness.to(x.dtype) * d)
 
     def flops(self, num_channels: int, height: int, width: int) -> int:
         """FLOPs of `activate` for one image."""

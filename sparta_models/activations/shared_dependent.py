@@ -13,13 +13,13 @@ from sparta_models.activations.shared_independent import acon
 
 
 class Bottleneck(nn.Module):
-    """Two 1 x 1 convolutions with a ReLU between, (B, C, 1, 1) -> (B, out, 1, 1)."""
+    """Two 1 x 1 convolutions with a ReLU between, (B, C, 1, 1) -> (B, out, 1, 1); `least` hidden channels, or C / r."""
 
-    def __init__(self, num_channels: int, reduction: int, out: int, *, relu: bool = True) -> None:
+    def __init__(self, num_channels: int, reduction: int, out: int, *, relu: bool = True, least: int = 1) -> None:
         super().__init__()
         if reduction < 1:
             raise ValueError(f"expected reduction >= 1, got {reduction}")
-        hidden = max(1, num_channels // reduction)
+        hidden = max(least, num_channels // reduction)
         self.reduce = nn.Conv2d(num_channels, hidden, 1)
         self.expand = nn.Conv2d(hidden, out, 1)
         self.relu = relu
@@ -32,14 +32,16 @@ class Bottleneck(nn.Module):
 
     def flops(self) -> int:
         """FLOPs for one position."""
-        return 2 * sum(c.weight.numel() for c in (self.reduce, self.expand)) + self.reduce.out_channels
+        products = 2 * sum(c.weight.numel() for c in (self.reduce, self.expand))
+        return products + self.relu * self.reduce.out_channels
 
 
 class MetaAcon(Activation):
     """ACON whose sharpness is computed from the image's channel means, without the batch norms of the first release.
 
     The published network puts a batch norm behind each of its two layers; on 1 x 1 maps that makes an output depend on
-    the rest of the batch, which an attack may not use. As other implementations do, it is left out.
+    the rest of the batch, which an attack may not use. As other implementations do, it is left out. The hidden width is
+    max(r, C / r), as in the authors' code.
     """
 
     cell = SHARED_DEPENDENT
@@ -50,7 +52,7 @@ class MetaAcon(Activation):
         super().__init__(num_channels)
         self.p1 = nn.Parameter(torch.randn(num_channels))
         self.p2 = nn.Parameter(torch.randn(num_channels))
-        self.sharpness = Bottleneck(num_channels, reduction, num_channels, relu=False)
+        self.sharpness = Bottleneck(num_channels, reduction, num_channels, relu=False, least=reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
@@ -59,7 +61,7 @@ class MetaAcon(Activation):
 
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one image."""
-        return 9 * self.num_channels * height * width + self.sharpness.flops() + self.num_channels
+        return 9 * self.num_channels * height * width + self.sharpness.flops() + 3 * self.num_channels
 
 
 class DyReLUB(Activation):
@@ -84,7 +86,7 @@ class DyReLUB(Activation):
 
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one image."""
-        return 6 * self.num_channels * height * width + self.coefficients.flops() + 12 * self.num_channels
+        return 6 * self.num_channels * height * width + self.coefficients.flops() + 23 * self.num_channels
 
 
 class SEReLU(Activation):
@@ -104,7 +106,7 @@ class SEReLU(Activation):
 
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one image."""
-        return 3 * self.num_channels * height * width + self.excite.flops() + self.num_channels
+        return 3 * self.num_channels * height * width + self.excite.flops() + 3 * self.num_channels
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ class Softplus(_Pointwise):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
-        return F.softplus(x, beta=self.beta)
+        # Under autocast a GPU computes it in float32.
+        return F.softplus(x, beta=self.beta).to(x.dtype)
 
 
 class Mish(_Pointwise):
@@ -157,26 +158,30 @@ class Swish(_Pointwise):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
-        return x * torch.sigmoid(per_channel(self.beta) * x)
+        return x * torch.sigmoid(per_channel(self.beta).to(x.dtype) * x)
 
 
 class PSSiLU(_Pointwise):
-    """Parametric shifted SiLU: two learned scalars; SiLU at alpha = 1, beta = 0."""
+    """Parametric shifted SiLU: two learned scalars; SiLU at alpha = 1, beta = 0. A beta that training takes to 1, where
+    the formula has no value, counts as 0.999.
+    """
 
     formula = "x (s(a x) - b) / (1 - b)"
     paper = "Dai et al., arXiv 2110.05626"
     _flops = 7
+    _most = 0.999
 
     def __init__(self, num_channels: int, *, alpha: float = 1.0, beta: float = 0.0) -> None:
         super().__init__(num_channels)
-        if not 0 <= beta < 1:
-            raise ValueError(f"expected beta in [0, 1), got {beta}")
+        if not 0 <= beta <= self._most:
+            raise ValueError(f"expected beta in [0, {self._most}], got {beta}")
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         self.beta = nn.Parameter(torch.tensor(float(beta)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
-        return x * (torch.sigmoid(self.alpha * x) - self.beta) / (1 - self.beta)
+        beta = self.beta.clamp(max=self._most)
+        return x * (torch.sigmoid(self.alpha * x) - beta) / (1 - beta)
 
 
 class AconC(_Pointwise):
@@ -198,6 +203,6 @@ class AconC(_Pointwise):
 
 
 def acon(x: Tensor, p1: Tensor, p2: Tensor, beta: Tensor) -> Tensor:
-    """Smooth maximum of p1 x and p2 x with sharpness beta."""
-    d = (p1 - p2) * x
-    return d * torch.sigmoid(beta * d) + p2 * x
+    """Smooth maximum of p1 x and p2 x with sharpness beta, in x's type: parameters in float32 would promote it."""
+    d = (p1 - p2).to(x.dtype) * x
+    return d * torch.sigmoid(beta.to(x.dtype) * d) + p2.to(x.dtype) * x

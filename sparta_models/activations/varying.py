@@ -34,7 +34,7 @@ class PositionPReLU(Activation):
         slope = self.weight.unsqueeze(0)
         if slope.shape[-2:] != x.shape[-2:]:
             slope = F.interpolate(slope, size=x.shape[-2:], mode="bilinear")
-        return F.relu(x) - slope * F.relu(-x)
+        return F.relu(x) - slope.to(x.dtype) * F.relu(-x)
 
     def flops_per_element(self) -> int:
         """FLOPs for one element."""
@@ -90,7 +90,7 @@ class Atac(Activation):
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one image."""
         hidden = self.reduce.out_channels
-        return height * width * (4 * hidden * self.num_channels + 3 * hidden + 4 * self.num_channels)
+        return height * width * (4 * hidden * self.num_channels + 3 * hidden + 6 * self.num_channels)
 
 
 class CbamReLU(Activation):
@@ -117,5 +117,5 @@ class CbamReLU(Activation):
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one image."""
         elements = self.num_channels * height * width
-        spatial = height * width * (2 * self.spatial.weight.numel() + 1)
-        return 7 * elements + 2 * self.channel.flops() + 2 * self.num_channels + spatial
+        spatial = height * width * (2 * self.spatial.weight.numel() + 3)
+        return 7 * elements + 2 * self.channel.flops() + 4 * self.num_channels + spatial

@@ -57,7 +57,8 @@ def _state() -> tuple[ModuleType | None, str]:
     try:
         library = _built(compiler)
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-    except (OSError, subprocess.SubprocessError) as error:
+    # RuntimeError: there is no home directory for the cache.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         return None, f"off: {error}" + (f"\n{output.decode(errors='replace')[-2000:]}" if output else "")
     return torch.ops.sparta_models, f"on: {library}"

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparta_models import ACTIVATIONS, build_activation
 from sparta_models.activations.sparta import VARIANTS
@@ -22,6 +23,15 @@ def perturbed(name, options, channels=4, dtype=torch.float64):
     with torch.no_grad():
         for parameter in activation.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    return activation
+
+
+def with_statistics(activation):
+    """Batch norms whose running statistics matter, too."""
+    for module in activation.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
     return activation
 
 
@@ -84,6 +94,12 @@ def test_input_independent_rules_act_element_by_element_and_dependent_ones_do_no
 
 
 @over_registry
+def test_the_meta_device_gives_shapes(name, options):
+    with torch.device("meta"):
+        assert build_activation(name, 4, **options)(torch.empty(2, 4, 6, 5)).shape == (2, 4, 6, 5)
+
+
+@over_registry
 def test_images_of_a_batch_do_not_touch_each_other(name, options):
     activation = perturbed(name, options)
     x = images(3, 4, 5, 5)
@@ -105,6 +121,32 @@ def test_values_and_gradients_are_finite_for_large_tiny_and_bf16_inputs(name, op
 
 
 @over_registry
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_bf16_stays_bf16_under_autocast_beside_fp32_parameters(name, options, device):
+    activation = perturbed(name, options, channels=8, dtype=torch.float32).to(device)
+    x = images(2, 8, 6, 6).to(device, torch.bfloat16).requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        y = activation(x)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert {p.grad.dtype for p in activation.parameters()} <= {torch.float32}
+    # Parameters of 8 bits of mantissa, and a few roundings of the result.
+    torch.testing.assert_close(y.float(), activation(x.float()), atol=0.1, rtol=0.1)
+
+
+@over_registry
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_layout_changes_no_value_and_is_kept(name, options, layout):
     activation = perturbed(name, options)
@@ -114,12 +156,69 @@ def test_layout_changes_no_value_and_is_kept(name, options, layout):
     assert y.is_contiguous(memory_format=layout)
 
 
+# At 8 channels, by hand: kernels of 3 x 3 and 7 x 7, bottlenecks of 8 / r channels with their biases, norms of 2 each.
+PARAMETERS = {
+    **dict.fromkeys(("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "mish"), 0),
+    "prelu": 8,
+    "swish": 8,
+    "pssilu": 2,
+    "acon_c": 3 * 8,
+    "meta_acon": 2 * 8 + (8 * 16 + 16) + (16 * 8 + 8),
+    "dy_relu_b": (8 * 1 + 1) + (1 * 32 + 32),
+    "se_relu": (8 * 1 + 1) + (1 * 8 + 8),
+    "position_prelu": 8 * 8 * 8,
+    "frelu": 9 * 8 + 2 * 8,
+    "atac": 8 * 2 + 2 * 2 + 2 * 8 + 2 * 8,
+    "cbam_relu": (8 * 1 + 1) + (1 * 8 + 8) + 2 * 49,
+    "depthwise": 9 * 8,
+    "attention": 9 * 8 + 2 * 9,
+    "lowrank": 9 * 8 + 8 + 8,
+    "shared": 9,
+    "smoothmax": 9 * 8 + 8,
+}
+
+
 @over_registry
-def test_costs_are_those_of_the_parameters_and_grow_with_the_map(name, options):
+def test_the_number_of_parameters_is_the_one_by_hand(name, options):
+    assert build_activation(name, 8, **options).num_parameters() == PARAMETERS[options.get("variant", name)]
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [(8, 16), (256, 16), (512, 32)])
+def test_meta_acon_has_the_hidden_width_of_its_authors_code(channels, hidden):
+    assert build_activation("meta_acon", channels).sharpness.reduce.out_channels == hidden
+
+
+@over_registry
+def test_flops_grow_with_the_map(name, options):
     activation = build_activation(name, 8, **options)
-    assert activation.num_parameters() == sum(p.numel() for p in activation.parameters())
     small, large = activation.flops(8, 8), activation.flops(16, 16)
     assert 8 * 64 <= small < large <= 4 * small
+
+
+# FLOPs for one element at k = 3: a sigmoid is exponential, addition and division.
+PER_ELEMENT = {"relu": 1, "silu": 3 + 1, "depthwise": 2 * 9 + 3 + 1, "shared": 2 * 9 + 3 + 1, "smoothmax": 2 * 9 + 7}
+
+
+@pytest.mark.parametrize("name", PER_ELEMENT)
+def test_flops_are_those_by_hand(name):
+    options = {"name": "sparta", "variant": name} if name in VARIANTS else {"name": name}
+    assert build_activation(num_channels=8, **options).flops(5, 4) == PER_ELEMENT[name] * 8 * 5 * 4
+
+
+# What is done to each of 8 channels beside convolutions: norms of 2, sigmoids of 3, a product, a maximum, an addition.
+@pytest.mark.parametrize(
+    ("name", "options", "rest"),
+    [
+        ("frelu", {}, 8 * (2 + 1)),
+        ("atac", {}, 2 * (2 + 1) + 8 * (2 + 3 + 1)),
+        ("sparta", {"variant": "lowrank"}, 8 * (1 + 3 + 1)),
+    ],
+)
+def test_flops_are_those_of_the_convolutions_as_torch_counts_them_and_the_rest(name, options, rest):
+    activation = build_activation(name, 8, **options).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        activation(torch.randn(1, 8, 6, 5))
+    assert activation.flops(6, 5) == counter.get_total_flops() + rest * 6 * 5
 
 
 @over_registry
@@ -147,6 +246,19 @@ def test_frozen_activations_keep_eval_mode_values_and_statistics(name, options):
     activation(torch.randn(4, 4, 5, 5))
     assert not any(module.training for module in activation.modules())
     assert not any(p.requires_grad for p in activation.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in activation.state_dict().items())
+
+
+@over_registry
+def test_freezing_changes_no_output_and_drops_old_gradients(name, options):
+    activation = with_statistics(perturbed(name, options))
+    x = images(2, 4, 5, 5).requires_grad_()
+    activation(x).sum().backward()
+    optimizer = torch.optim.SGD([*activation.parameters(), torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    before, y = {k: v.clone() for k, v in activation.state_dict().items()}, activation(x)
+    activation.freeze()
+    optimizer.step()
+    assert torch.equal(activation(x), y)
     assert all(torch.equal(v, before[k]) for k, v in activation.state_dict().items())
 
 
@@ -190,6 +302,13 @@ def test_pssilu_with_a_shift_is_its_formula():
     torch.testing.assert_close(y, x * (torch.sigmoid(2 * x) - 0.25) / 0.75)
 
 
+def test_pssilu_stays_finite_where_training_takes_its_shift_past_one():
+    activation = build_activation("pssilu", 2)
+    for beta in (1.0, 1.5):
+        torch.nn.init.constant_(activation.beta, beta)
+        assert activation(images(1, 2, 3, 3).float()).isfinite().all()
+
+
 def test_acon_c_is_swish_for_slopes_one_and_zero():
     activation = build_activation("acon_c", 3, beta=1.7).double()
     torch.nn.init.ones_(activation.p1)
@@ -206,6 +325,77 @@ def test_meta_acon_sharpness_is_computed_from_the_channel_means():
     beta = torch.sigmoid(hidden @ expand.weight.flatten(1).T + expand.bias)[:, :, None, None]
     p1, p2 = activation.p1.view(1, -1, 1, 1), activation.p2.view(1, -1, 1, 1)
     torch.testing.assert_close(activation(x), (p1 - p2) * x * torch.sigmoid(beta * (p1 - p2) * x) + p2 * x)
+
+
+def bottleneck(module, z):
+    """W2 relu(W1 z + b1) + b2 for z (B, C)."""
+    w1, w2 = module.reduce.weight[:, :, 0, 0], module.expand.weight[:, :, 0, 0]
+    return (z @ w1.T + module.reduce.bias).clamp(min=0) @ w2.T + module.expand.bias
+
+
+def norm(module, x):
+    """Batch norm of x (B, C, ...) by its running statistics."""
+    mean, var, weight, bias = (
+        t.view(1, -1, 1, 1) for t in (module.running_mean, module.running_var, module.weight, module.bias)
+    )
+    return (x - mean) / (var + module.eps).sqrt() * weight + bias
+
+
+def neighbours(x, k):
+    """The k x k neighbours of every position, (B, C, k * k, H, W)."""
+    return F.unfold(x, k, padding=k // 2).view(*x.shape[:2], k * k, *x.shape[2:])
+
+
+def test_dy_relu_b_is_its_formula():
+    activation = perturbed("dy_relu_b", {"reduction": 2})
+    x = images(2, 4, 3, 3)
+    theta = 2 * torch.sigmoid(bottleneck(activation.coefficients, x.mean((2, 3)))) - 1
+    a1, a2, b1, b2 = theta.view(2, 4, 4, 1, 1).unbind(1)
+    lines = torch.stack([(1 + a1) * x + b1 / 2, a2 * x + b2 / 2])
+    torch.testing.assert_close(activation(x), lines.max(0).values)
+
+
+def test_se_relu_is_its_formula():
+    activation = perturbed("se_relu", {"reduction": 2})
+    x = images(2, 4, 3, 3)
+    gate = torch.sigmoid(bottleneck(activation.excite, x.mean((2, 3))))
+    torch.testing.assert_close(activation(x), torch.einsum("bchw,bc->bchw", x.clamp(min=0), gate))
+
+
+def test_frelu_is_its_formula():
+    activation = with_statistics(perturbed("frelu", {}))
+    x = images(2, 4, 5, 3)
+    condition = torch.einsum("bcthw,ct->bchw", neighbours(x, 3), activation.condition.weight.flatten(1))
+    torch.testing.assert_close(activation(x), torch.maximum(x, norm(activation.norm, condition)))
+
+
+def test_atac_is_its_formula():
+    activation = with_statistics(perturbed("atac", {"reduction": 2}))
+    x = images(2, 4, 3, 5)
+    w1, w2 = activation.reduce.weight.flatten(1), activation.expand.weight.flatten(1)
+    hidden = norm(activation.reduce_norm, torch.einsum("bchw,dc->bdhw", x, w1)).clamp(min=0)
+    gate = torch.sigmoid(norm(activation.expand_norm, torch.einsum("bdhw,cd->bchw", hidden, w2)))
+    torch.testing.assert_close(activation(x), x * gate)
+
+
+def test_cbam_relu_is_its_formula():
+    activation = perturbed("cbam_relu", {"reduction": 2})
+    x = images(2, 4, 5, 6)
+    h = x.clamp(min=0)
+    logits = bottleneck(activation.channel, h.mean((2, 3))) + bottleneck(activation.channel, h.flatten(2).max(2).values)
+    h = torch.einsum("bchw,bc->bchw", h, torch.sigmoid(logits))
+    maps = torch.stack([h.mean(1), h.max(1).values], dim=1)
+    spatial = torch.einsum("bcthw,ct->bhw", neighbours(maps, 7), activation.spatial.weight.view(2, 49))
+    torch.testing.assert_close(activation(x), h * torch.sigmoid(spatial)[:, None])
+
+
+def test_the_low_rank_gate_is_its_formula():
+    activation = perturbed("sparta", {"variant": "lowrank", "bias": True}, channels=16)
+    x = images(2, 16, 4, 3)
+    gate = activation.gate
+    own = torch.einsum("bcthw,ct->bchw", neighbours(x, 3), gate.weight.flatten(1)) + gate.bias.view(1, -1, 1, 1)
+    mixing = gate.expand.flatten(1) @ gate.reduce.flatten(1)
+    torch.testing.assert_close(activation(x), x * torch.sigmoid(own + torch.einsum("dc,bchw->bdhw", mixing, x)))
 
 
 def test_dy_relu_with_a_zero_last_layer_is_relu():
@@ -260,7 +450,7 @@ def test_position_prelu_has_its_own_slope_at_every_position():
     [
         (lambda: build_activation("sparta", 0), "expected num_channels >= 1, got 0"),
         (lambda: build_activation("softplus", 4, beta=0), "expected beta > 0, got 0"),
-        (lambda: build_activation("pssilu", 4, beta=1.0), r"expected beta in \[0, 1\), got 1.0"),
+        (lambda: build_activation("pssilu", 4, beta=1.0), r"expected beta in \[0, 0.999\], got 1.0"),
         (lambda: build_activation("se_relu", 4, reduction=0), "expected reduction >= 1, got 0"),
         (lambda: build_activation("atac", 4, reduction=0), "expected reduction >= 1, got 0"),
         (lambda: build_activation("position_prelu", 4, size=0), "expected size >= 1, got 0"),

@@ -10,10 +10,11 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from sparta_models import ActivationBank, build_model, frozen_parameters, sites
 from sparta_models.files import _seal
+from sparta_models.sites import SiteInfo
 from sparta_models.transfer import match
 
 
@@ -109,6 +110,23 @@ def test_other_numbers_of_stages_correspond_by_relative_number():
     assert set(names("resnet18", "resnet8", 4).values()) == {"layer3.0.act1", "layer3.0.act2"}
     assert {v.split(".")[0] for v in names("vgg16_bn", "resnet18", 5).values()} == {"layer4"}
     assert {v.split(".")[0] for v in names("wideresnet28_10", "resnet18", 3).values()} == {"layer4"}
+
+
+def test_stages_without_blocks_of_several_sites_correspond_by_relative_depth():
+    layer2 = [f"layer2.{i}.act{j}" for i in (0, 1) for j in (1, 2)]
+    # 3 sites take from 4 the numbers 0, 1.5 and 3, and 4 from 3 the numbers 0, 2/3, 4/3 and 2; halves go down.
+    assert list(names("vgg16_bn", "resnet18", 3).values()) == [layer2[0], layer2[1], layer2[3]]
+    vgg = [s.name for s in sites(build_model("vgg16_bn", activation="relu", width=4)) if s.stage == 4]
+    assert list(names("resnet18", "vgg16_bn", 3).values()) == [vgg[0], vgg[1], vgg[1], vgg[2]]
+
+
+def test_numbers_of_blocks_may_have_gaps():
+    def place(name, depth, block, position):
+        return SiteInfo(name, 1, depth, block, position, 4, name)
+
+    source = [place("a1", 0, 3, 0), place("a2", 1, 3, 1), place("b1", 2, 7, 0), place("b2", 3, 7, 1)]
+    plan = match(sites(build_model("resnet18", activation="relu", width=4))[1:5], source)
+    assert [s.name for s in plan.values()] == ["a1", "a2", "b1", "b2"]
 
 
 def test_a_stem_without_a_counterpart_gets_the_first_stages_function():
@@ -229,7 +247,9 @@ def test_unfrozen_application_trains():
 
 @pytest.fixture(params=["sparta", "frelu", {"name": "sparta", "sharing": "stage", "bias": True}], ids=str)
 def frozen(request):
-    bank = ActivationBank.from_model(trained(activation=request.param))
+    source = trained(activation=request.param)
+    source(torch.rand(8, 3, 8, 8))  # moves running statistics
+    bank = ActivationBank.from_model(source)
     return bank, bank.apply_to(build_model("resnet8", width=4))
 
 
@@ -252,6 +272,24 @@ def test_frozen_survives_ema(frozen):
         step(model, optimizer)
         ema.update_parameters(model)
     assert ActivationBank.from_model(ema) == bank
+
+
+def test_frozen_survives_a_new_estimate_of_running_statistics(frozen):
+    bank, model = frozen
+    before = model.bn1.running_mean.clone()
+    update_bn([torch.rand(4, 3, 8, 8)], model)
+    assert not torch.equal(model.bn1.running_mean, before)
+    assert ActivationBank.from_model(model) == bank
+
+
+def test_frozen_is_pinned_again_by_the_next_change_of_mode(frozen):
+    bank, model = frozen
+    # As after an attack that asked for the input's gradient alone.
+    model.requires_grad_(False).requires_grad_(True)
+    model.train()
+    assert not any(p.requires_grad for p in frozen_parameters(model).values())
+    step(model, torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.1))
+    assert ActivationBank.from_model(model) == bank
 
 
 def test_frozen_survives_a_checkpoint_of_the_same_and_refuses_one_of_others(frozen):
@@ -384,6 +422,18 @@ def put_a_stranger(directory):
     reseal(directory)
 
 
+def put_into_first_site(**changes):
+    def put(directory):
+        (first, *rest) = json.loads((directory / "bank.json").read_text())["sites"]
+        reseal(directory, sites=[{**first, **changes}, *rest])
+
+    return put
+
+
+def write_text(text):
+    return lambda directory: (directory / "bank.json").write_text(text)
+
+
 def edit_text(old, new):
     def edit(directory):
         path = directory / "bank.json"
@@ -417,7 +467,12 @@ def replace_by_pickle(directory):
         (lambda d: reseal(d, activation={"name": "sparter"}), "unknown activation 'sparter'"),
         (lambda d: reseal(d, activation={"name": "sparta", "size": 3}), "unexpected keyword argument 'size'"),
         (lambda d: reseal(d, sites=[{"name": "act1"}]), "missing .* required"),
-        (lambda d: (d / "bank.json").write_text("[]"), "expected schema 1, got list"),
+        (put_into_first_site(channels=10**18), "expected sites and tensors of one activation"),
+        (put_into_first_site(channels=10**30), "expected sites and tensors of one activation"),
+        (put_into_first_site(key=5), "expected sites and tensors of one activation"),
+        (write_text("[]"), "expected schema 1, got list"),
+        (write_text("[" * 100_000), "expected JSON"),
+        (write_text('{"schema": ' + 5000 * "1" + "}"), "expected JSON"),
         (lambda d: (d / "bank.safetensors").unlink(), "no readable .*bank.safetensors"),
         (lambda d: (d / "bank.json").unlink(), "no readable .*bank.json"),
     ],
@@ -438,10 +493,25 @@ def test_a_bank_with_nan_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_old_bank(tmp_path, monkeypatch):
+def test_a_bank_whose_keys_are_no_text_is_refused(tmp_path):
+    ActivationBank.from_model(trained(activation="relu")).save(tmp_path)
+    put_into_first_site(key=5)(tmp_path)
+    with pytest.raises(ValueError, match="expected sites and tensors of one activation"):
+        ActivationBank.load(tmp_path)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failed_write_of_either_file_leaves_the_old_bank(tmp_path, monkeypatch, failing):
     bank = ActivationBank.from_model(trained())
     bank.save(tmp_path)
-    monkeypatch.setattr("sparta_models.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    calls = []
+
+    def fsync(_):
+        calls.append(None)
+        if len(calls) == failing:
+            raise OSError("disk full")
+
+    monkeypatch.setattr("sparta_models.files.os.fsync", fsync)
     with pytest.raises(OSError, match="disk full"):
         ActivationBank.from_model(trained(seed=3)).save(tmp_path)
     assert ActivationBank.load(tmp_path) == bank

@@ -1,14 +1,18 @@
 """Conversion of torchvision's, timm's and hand-written networks."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
-from sparta_models import ActivationBank, Normalize, build_model, convert, sites
+from sparta_models import ActivationBank, Normalize, Sparta, build_model, convert, named_sites, sites
 from sparta_models.activations.shared_independent import ReLU
+from sparta_models.transfer import match
 
 ZOO = {
     # name: constructor, kind that is replaced by itself, calls of that kind on maps
@@ -91,8 +95,114 @@ def test_one_reused_module_becomes_one_site_per_call(network):
 def test_stages_follow_the_resolution(network):
     places = sites(convert(network("resnet50"), "relu", input_shape=SHAPE))
     assert [(p.name, p.stage, p.channels) for p in places[:2]] == [("relu", 0, 64), ("layer1.0.relu", 1, 64)]
-    assert [sum(p.stage == s for p in places) for s in range(5)] == [1, 10, 12, 18, 8]
     assert all(p.channels >= 512 for p in places if p.stage == 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("resnet50", [1, 9, 12, 18, 9]),
+        # Three convolutions in the stem.
+        ("timm resnet50d", [3, 9, 12, 18, 9]),
+        # Dense layers of two, and behind all but the last block a transition; one norm at the end.
+        ("densenet121", [1, 13, 25, 49, 33]),
+        # No activation in the stem.
+        ("convnext_tiny", [0, 3, 3, 9, 3]),
+        # The first block of a stage expands at the resolution before it, and belongs to the stage that it leads to.
+        ("efficientnet_b0", [1, 1, 4, 4, 12, 11]),
+        ("mobilenet_v3", [1, 1, 4, 10, 7]),
+        ("vgg16_bn", [0, 2, 2, 3, 3, 3]),
+    ],
+)
+def test_stages_have_as_many_sites_as_the_architectures_say(name, counts, network):
+    places = sites(convert(network(name), "relu", input_shape=SHAPE))
+    assert [sum(p.stage == s for p in places) for s in range(len(counts))] == counts
+    assert sum(counts) == len(places)
+
+
+TWINS = ["resnet18", "resnet34", "resnet50", "vgg16_bn", "mobilenet_v2"]
+
+
+@pytest.mark.parametrize("in_front", [False, True], ids=["alone", "behind a normalisation"])
+@pytest.mark.parametrize("name", TWINS)
+def test_a_converted_network_has_the_places_of_ours(name, in_front, network):
+    theirs = network(name) if name in ZOO else getattr(torchvision.models, name)()
+    converted = convert(nn.Sequential(Normalize(3), theirs) if in_front else theirs, "relu", input_shape=SHAPE)
+    with torch.device("meta"):
+        ours = build_model(name, activation="relu", **({} if name == "vgg16_bn" else {"stem": "imagenet"}))
+    a, b = sites(converted), sites(ours)
+    assert [(s.stage, s.block, s.position, s.depth, s.channels) for s in a] == [
+        (s.stage, s.block, s.position, s.depth, s.channels) for s in b
+    ]
+    # So that a bank of ours goes in site by site, and one of theirs comes back.
+    assert [s.name for s in match(a, b).values()] == [s.name for s in b]
+    assert [s.name for s in match(b, a).values()] == [s.name for s in a]
+
+
+def test_the_first_and_second_activation_of_a_block_get_those_of_a_resnet18_bank():
+    torch.manual_seed(0)
+    source = build_model("resnet18")
+    for i, (_, site) in enumerate(named_sites(source)):
+        nn.init.constant_(site.function.gate.weight, float(i))
+    bank = ActivationBank.from_model(source)
+    converted = bank.apply_to(convert(torchvision.models.resnet18(num_classes=10), input_shape=SHAPE))
+    found = {name: site.function.gate.weight.mean().item() for name, site in named_sites(converted)}
+    blocks = [f"layer{i}.{j}.relu" for i in range(1, 5) for j in range(2)]
+    expected = ["relu", *(name for block in blocks for name in (block, f"{block}_2"))]
+    assert found == {name: float(i) for i, name in enumerate(expected)}
+    assert ActivationBank.from_model(converted).digest != bank.digest  # the keys are the target's
+    back = ActivationBank.from_model(converted).apply_to(build_model("resnet18"))
+    assert ActivationBank.from_model(back) == bank
+
+
+class Mixed(nn.Module):
+    """A residual block that calls a function first and a module second."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.conv1, self.conv2 = nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.act(self.conv2(F.relu(self.conv1(x))) + x)
+
+
+class Add(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+class AddsByAModule(Mixed):
+    def __init__(self):
+        super().__init__()
+        self.add = Add()
+
+    def forward(self, x):
+        return self.act(self.add(self.conv2(F.relu(self.conv1(x))), x))
+
+
+@pytest.mark.parametrize("block", [Mixed, AddsByAModule])
+def test_sites_of_a_users_block_are_in_the_order_of_their_calls(block):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), block(), nn.Sequential(block()))
+    converted = convert(model, "relu", input_shape=(3, 8, 8))
+    assert [(s.name, s.stage, s.block, s.position) for s in sites(converted)] == [
+        ("1", 0, 0, 0),
+        ("sites.relu", 1, 0, 0),
+        ("2.act", 1, 0, 1),
+        ("sites.relu_1", 1, 1, 0),
+        ("3.0.act", 1, 1, 1),
+    ]
+
+
+def test_a_block_that_is_called_twice_is_two_blocks():
+    block = Mixed()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), block, block)
+    places = [(s.block, s.position) for s in sites(convert(model, "relu", input_shape=(3, 8, 8)))]
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_in_a_network_without_blocks_every_call_is_one(network):
+    places = sites(convert(network("vgg16_bn"), "relu", input_shape=SHAPE))
+    assert [s.block for s in places] == [s.depth for s in places]
 
 
 def test_activations_on_vectors_and_single_pixels_are_kept_and_reported(network):
@@ -145,6 +255,112 @@ def test_functions_methods_and_in_place_calls_keep_their_meaning():
     assert all(isinstance(converted.get_submodule(s.name).function, ReLU) for s in sites(converted))
 
 
+class Calls(nn.Module):
+    """One call of an activation, whose input is read again behind it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.slope, self.function = nn.Conv2d(3, 4, 3), nn.Parameter(torch.tensor([0.25])), function
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.function(y, self.slope)
+        return z + 2 * y
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lambda y, _: F.relu(y, True), "relu"),
+        (lambda y, _: F.relu(y, False), "relu"),
+        (lambda y, _: F.relu(inplace=True, input=y), "relu"),
+        (lambda y, _: F.relu_(y), "relu"),
+        (lambda y, _: F.relu6(y, True), "relu6"),
+        (lambda y, _: F.leaky_relu(y, 0.01, True), "leaky_relu"),
+        (lambda y, _: F.elu(y, 1.0, True), "elu"),
+        (lambda y, _: F.elu_(y), "elu"),
+        (lambda y, _: F.silu(y, True), "silu"),
+        (lambda y, slope: y.prelu(slope), "prelu"),
+        (torch.prelu, "prelu"),
+        (lambda y, _: y.clamp(min=0), "relu"),
+        (lambda y, _: y.clamp(0.0), "relu"),
+        (lambda y, _: y.clamp_(min=0), "relu"),
+        (lambda y, _: y.clamp_min(0), "relu"),
+        (lambda y, _: torch.clamp(y, min=0), "relu"),
+        (lambda y, _: torch.clamp_min_(y, 0.0), "relu"),
+        (lambda y, _: y.clip(0, 6), "relu6"),
+        (lambda y, _: torch.clamp(y, max=6, min=0), "relu6"),
+    ],
+)
+def test_a_call_in_any_form_keeps_its_meaning(function, kind):
+    torch.manual_seed(0)
+    model = Calls(function)
+    converted = convert(model, kind, input_shape=(3, 8, 8))
+    assert [(r.kind, r.site is None) for r in converted.replacements] == [(kind, False)]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(converted(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lambda y, _: F.selu(y, True), "selu"),
+        (lambda y, _: torch.selu(y), "selu"),
+        (lambda y, _: F.celu(y), "celu"),
+        (lambda y, _: torch.celu_(y), "celu"),
+        (lambda y, _: F.rrelu(y), "rrelu"),
+        (nn.SELU(), "selu"),
+        (nn.CELU(), "celu"),
+        (nn.RReLU(), "rrelu"),
+    ],
+)
+def test_other_rectifiers_are_replaced_too(function, kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), function) if isinstance(function, nn.Module) else Calls(function)
+    (only,) = convert(model, "sparta", input_shape=(3, 8, 8)).replacements
+    assert (only.kind, only.shape, only.site is None) == (kind, (2, 4, 6, 6), False)
+
+
+@pytest.mark.parametrize("function", [lambda y, _: y.clamp(min=0.1), lambda y, _: y.clamp(0, 1), lambda y, s: y + s])
+def test_what_is_no_rectifier_is_left_alone(function):
+    with pytest.raises(ValueError, match="got none to replace"):
+        convert(Calls(function), "sparta", input_shape=(3, 8, 8))
+
+
+def test_a_network_that_holds_our_activations_is_traced_and_they_are_kept_and_reported():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Sparta(4), nn.Conv2d(4, 4, 3), nn.ReLU())
+    nn.init.normal_(model[1].gate.weight)
+    converted = convert(model, "relu", input_shape=(3, 8, 8))
+    assert [(r.kind, r.was, r.site) for r in converted.replacements] == [
+        ("sparta", "1 (Sparta)", None),
+        ("relu", "3 (ReLU)", "3"),
+    ]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(converted(x), model(x))
+
+
+@pytest.mark.parametrize("sharing", ["site", "stage"])
+def test_copies_and_averages_of_a_converted_network_know_what_it_knows(sharing):
+    torch.manual_seed(0)
+    converted = convert(Hand(), {"name": "sparta", "sharing": sharing}, input_shape=(3, 8, 8))
+    for parameter in converted.parameters():
+        nn.init.normal_(parameter)
+    bank, x = ActivationBank.from_model(converted), torch.randn(2, 3, 8, 8)
+    twin, average = copy.deepcopy(converted), AveragedModel(converted)
+    for other in (twin, average, copy.deepcopy(twin)):
+        assert ActivationBank.from_model(other) == bank
+        assert ActivationBank.from_model(other).architecture == "Hand"
+        assert sites(other) == sites(converted)
+        assert torch.equal(other(x), converted(x))
+    assert twin.replacements == converted.replacements
+    assert twin.state_dict().keys() == converted.state_dict().keys()
+    # A copy has activations of its own.
+    nn.init.zeros_(next(site for _, site in named_sites(twin)).function.gate.weight)
+    average.update_parameters(twin)
+    assert ActivationBank.from_model(converted) == bank
+    assert bank not in (ActivationBank.from_model(twin), ActivationBank.from_model(average))
+
+
 def test_the_original_is_left_alone():
     model = Hand()
     convert(model, "sparta", input_shape=(3, 8, 8))
@@ -193,7 +409,7 @@ class DependsOnMode(nn.Module):
         (nn.Conv2d(3, 4, 3), {}, "got none to replace"),
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU()), {"input_shape": (3, 2, 2)}, "got none to replace"),
         (Hand(), {"input_shape": (1, 8, 8)}, r"expected a network for images of shape \(1, 8, 8\)"),
-        (Hand(), {"only": ["rel"]}, r"unknown kinds \['rel'\]; known: elu"),
+        (Hand(), {"only": ["rel"]}, r"unknown kinds \['rel'\]; known: celu, elu"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_with_the_remedy(model, options, message):

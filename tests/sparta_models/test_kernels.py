@@ -1,15 +1,17 @@
 """The fast path of the gate: agreement with the reference, what it saves and computes, and how it falls back."""
 
 import os
+import pwd
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparta_models import Sparta, kernel_status
 from sparta_models.activations.functional import depthwise_gate, reference
-from sparta_models.kernels import kernel
+from sparta_models.kernels import _state, kernel
 
 compiled = pytest.mark.skipif(kernel() is None, reason=f"no compiled kernel: {kernel_status()}")
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
@@ -45,6 +47,19 @@ def test_values_and_gradients_agree_with_the_reference_in_fp32(shape, layout, bi
     for fast, slow in both(*problem(shape, layout=layout, bias=bias)):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
         assert fast.dtype == slow.dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["last", "first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel_size", [3, 5], ids=["kernel", "operators"])
+def test_value_and_gradient_have_the_layout_of_the_input(layout, dtype, kernel_size):
+    inputs, dy = problem((2, 20, 5, 7), dtype=dtype, layout=layout, kernel_size=kernel_size)
+    # Whatever the layout in which the gradient comes.
+    for gradient in (dy, dy.contiguous(), dy.contiguous(memory_format=torch.channels_last)):
+        y = depthwise_gate(*inputs)
+        (dx,) = torch.autograd.grad(y, inputs[:1], gradient)
+        assert y.is_contiguous(memory_format=layout)
+        assert dx.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +181,35 @@ def test_gradients_of_weights_are_not_computed_for_an_attack_or_a_frozen_bank(fr
     assert asked == [False, not frozen]
 
 
+class Asked(TorchDispatchMode):
+    """Notes for every backward of a convolution whether the gradients of input and kernel are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.asked.append(tuple(args[-1][:2]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["depthwise", "attention"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_operators_compute_no_gradients_of_weights_for_an_attack_or_a_frozen_bank(variant, frozen, monkeypatch):
+    monkeypatch.setattr("sparta_models.activations.fused.kernel", lambda: None)
+    sparta = Sparta(16, variant=variant)
+    if frozen:
+        sparta.freeze()
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    with Asked() as attack:
+        torch.autograd.grad(sparta(x).sum(), x)
+    assert set(attack.asked) == {(True, False)}
+    with Asked() as training:
+        sparta(x).sum().backward()
+    assert set(training.asked) == {(True, not frozen)}
+
+
 def test_results_do_not_depend_on_the_number_of_threads_beyond_rounding():
     threads = torch.get_num_threads()
     inputs, dy = problem((8, 32, 16, 16))
@@ -247,6 +291,31 @@ def test_a_cache_that_cannot_be_written_falls_back(tmp_path):
     assert run(SCRIPT, SPARTA_CACHE=str(tmp_path / "file" / "cache")).startswith("off: ")
 
 
+def test_without_a_home_directory_the_operators_take_over(monkeypatch):
+    for name in ("HOME", "SPARTA_CACHE", "XDG_CACHE_HOME", "SPARTA_KERNEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CXX", sys.executable)  # any program: the cache comes before the compiler
+
+    def nobody(_):
+        raise KeyError("no such user")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    operators, status = _state.__wrapped__()
+    assert operators is None
+    assert status.startswith("off: ")
+    assert "home directory" in status
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("variant", ["depthwise", "shared", "attention"])
+def test_torch_jit_traces_the_operators(variant):
+    sparta, x = Sparta(4, variant=variant), torch.randn(2, 4, 5, 5)
+    torch.nn.init.normal_(sparta.gate.weight)
+    traced = torch.jit.trace(sparta, x)
+    assert "prim::PythonOp" not in {node.kind() for node in traced.inlined_graph.nodes()}
+    torch.testing.assert_close(traced(-x), sparta(-x), atol=1e-6, rtol=1e-5)
+
+
 @compiled
 def test_the_kernel_is_built_once_and_kept(tmp_path):
     first = run(SCRIPT, SPARTA_CACHE=str(tmp_path))
@@ -260,8 +329,8 @@ def test_the_kernel_is_built_once_and_kept(tmp_path):
 IMPORTS = """
 import sys
 import sparta_models
-heavy = {"ray", "mlflow", "ffcv", "pydantic", "torchvision", "timm", "onnx", "pipeline"} & set(sys.modules)
-assert not heavy, heavy
+heavy = {"ray", "mlflow", "ffcv", "pydantic", "torchvision", "timm", "onnx", "safetensors", "triton", "pipeline"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert "sparta_models.kernels" in sys.modules
 from sparta_models.kernels import _state
 assert _state.cache_info().currsize == 0

@@ -74,6 +74,15 @@ def test_imagenet_networks_give_torchvisions_outputs(name):
         torch.testing.assert_close(ours.eval()(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
+def test_vgg_has_torchvisions_tensors():
+    with torch.device("meta"):
+        theirs = torchvision.models.vgg16_bn()
+        ours = build_model("vgg16_bn", stem="imagenet", num_classes=1000, activation="relu")
+    shapes = {k: v.shape for k, v in ours.state_dict().items()}
+    assert shapes.pop("normalize.mean") == shapes.pop("normalize.std") == (1, 3, 1, 1)
+    assert shapes == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
 def test_vgg_gives_torchvisions_outputs():
     torch.manual_seed(0)
     theirs = torchvision.models.vgg16_bn().eval()

@@ -1,0 +1,197 @@
+"""The calls of activations in a traced network: which there are, and where in the network each of them stands.
+
+Stages follow the resolutions. A block is the innermost module that adds or concatenates maps in its own forward, or
+one of a class that does so elsewhere: residual and inverted residual blocks, dense layers, Inception modules. It
+belongs to the stage of its last call. A call in no such module is a block of its own, as in VGG.
+"""
+
+import operator
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparta_models.activations import ACTIVATIONS, Activation
+
+KINDS: dict[Any, str] = {
+    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_), "relu"),
+    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
+    **dict.fromkeys((nn.LeakyReLU, F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    **dict.fromkeys((nn.PReLU, F.prelu, torch.prelu), "prelu"),
+    **dict.fromkeys((nn.RReLU, F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_), "rrelu"),
+    **dict.fromkeys((nn.ELU, F.elu, F.elu_), "elu"),
+    **dict.fromkeys((nn.SELU, F.selu, F.selu_, torch.selu, torch.selu_), "selu"),
+    **dict.fromkeys((nn.CELU, F.celu, F.celu_, torch.celu, torch.celu_), "celu"),
+    **dict.fromkeys((nn.GELU, F.gelu), "gelu"),
+    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+    **dict.fromkeys((nn.Mish, F.mish), "mish"),
+    **dict.fromkeys((nn.Softplus, F.softplus), "softplus"),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
+}
+"""Module class or function -> kind of activation that is replaced. A gate such as Sigmoid is none."""
+
+_METHODS = {"relu": "relu", "relu_": "relu", "prelu": "prelu"}
+_CLAMP_METHODS = {name for verb in ("clamp", "clamp_min", "clip") for name in (verb, f"{verb}_")}
+_CLAMPS = _CLAMP_METHODS | {getattr(torch, name) for name in _CLAMP_METHODS}
+_CLAMPED = {(0, None): "relu", (0, 6): "relu6"}
+_JOINS = {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, torch.concatenate, "add", "add_"}
+
+
+@dataclass
+class Call:
+    """A call of an activation in the graph, whose nodes know their shapes."""
+
+    node: fx.Node
+    kind: str
+    was: str
+    inside: str | None
+    """Name of the activation in a leaf that calls it last (timm's BatchNormAct2d)."""
+    inplace: bool
+    chosen: bool
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, node: fx.Node, only: Collection[str] | None) -> "Call | None":
+        """The call that a node is; None where it calls no activation."""
+        # Python's functions of torch hand it over by name, however it was given.
+        target, inside, inplace, kind = node.target, None, bool(node.kwargs.get("inplace")), None
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(target))
+            act = getattr(module, "act", None)
+            if isinstance(module, _BatchNorm) and isinstance(act, nn.Module):
+                module, inside = act, f"{target}.act"
+            kind = _module_kind(module)
+            was, inplace = f"{target} ({type(module).__name__})", bool(getattr(module, "inplace", False))
+            if isinstance(module, Activation):
+                # The user's own choice, and maybe trained: it is told of and kept.
+                return cls(node, kind or type(module).__name__, was, inside, inplace=False, chosen=False)
+        elif node.op == "call_method":
+            kind, was = _METHODS.get(str(target)) or _clamp_kind(node), f"Tensor.{target}"
+        else:
+            was = getattr(target, "__name__", str(target))
+            if node.op == "call_function":
+                kind = KINDS.get(target) or _clamp_kind(node)
+        if kind is None:
+            return None
+        inplace = inplace or was.endswith("_")
+        return cls(node, kind, was, inside, inplace and inside is None, only is None or kind in only)
+
+    @property
+    def source(self) -> fx.Node:
+        """The activation's input; the leaf's own node where it is inside one."""
+        if self.inside:
+            return self.node
+        given = (self.node.kwargs.get("input"), *self.node.args, *self.node.kwargs.values())
+        return next(argument for argument in given if isinstance(argument, fx.Node))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the input as (B, C, H, W), or as it is when that isn't a map."""
+        shape = self.source.meta["shape"]
+        return (shape[0], shape[3], shape[1], shape[2]) if self.channels_behind else shape
+
+    @property
+    def channels_behind(self) -> bool:
+        """Whether the map is (B, H, W, C), as behind the linear layers of a ConvNeXt block."""
+        owner = self.source.graph.owning_module
+        assert owner is not None
+        module = owner.get_submodule(str(self.source.target)) if self.source.op == "call_module" else None
+        linear = isinstance(module, nn.Linear | nn.LayerNorm) or self.source.target in (F.linear, F.layer_norm)
+        return linear and len(self.source.meta["shape"]) == 4
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a site comes here."""
+        return self.chosen and _is_map(self.shape)
+
+
+def _module_kind(module: nn.Module) -> str | None:
+    kinds = {**KINDS, **{known: name for name, known in ACTIVATIONS.items()}}
+    return next((k for known, k in kinds.items() if isinstance(known, type) and isinstance(module, known)), None)
+
+
+def _clamp_kind(node: fx.Node) -> str | None:
+    """clamp(min=0) is a ReLU, and clamp(0, 6) a ReLU6."""
+    if node.target not in _CLAMPS:
+        return None
+    low, high = (*node.args[1:], None, None)[:2]
+    bounds = (node.kwargs.get("min", low), node.kwargs.get("max", high))
+    return next((kind for known, kind in _CLAMPED.items() if bounds == known), None)
+
+
+class Place(NamedTuple):
+    """Where a site comes: its stage, its block in it, and its position in this."""
+
+    stage: int
+    block: int
+    position: int
+
+
+def places(calls: Sequence[Call]) -> list[Place]:
+    """Give each call its place."""
+    blocks = _blocks(calls)
+    ends = {block: call.shape[2] for call, block in zip(calls, blocks, strict=True)}
+    heights = [ends[block] for block in blocks]
+    stem = _stem(blocks, heights)
+    sizes = sorted(set(heights[stem:]), reverse=True)
+    numbers: dict[int, dict[str | int, int]] = {}
+    positions: Counter[str | int] = Counter()
+    found = []
+    for i, (block, height) in enumerate(zip(blocks, heights, strict=True)):
+        stage = 0 if i < stem else sizes.index(height) + 1
+        number = numbers.setdefault(stage, {}).setdefault(block, len(numbers[stage]))
+        found.append(Place(stage, number, positions[block]))
+        positions[block] += 1
+    return found
+
+
+def _blocks(calls: Sequence[Call]) -> list[str | int]:
+    """The block of each call: a module, by its name in the stack of calls; or the call alone, by its number."""
+    joining = _joining_classes(calls)
+    inside = [next((name for name, kind in _around(call.node) if kind in joining), None) for call in calls]
+    heights: dict[str | None, set[int]] = {}
+    for call, block in zip(calls, inside, strict=True):
+        heights.setdefault(block, set()).add(call.shape[2])
+    # A network, or a half of one, whose own forward adds maps is no block.
+    small = {block for block, seen in heights.items() if len(seen) <= 2 and inside.count(block) < len(calls)}
+    return [i if block is None or block not in small else block for i, block in enumerate(inside)]
+
+
+def _joining_classes(calls: Sequence[Call]) -> set[type]:
+    """Classes of modules with calls in them, the traced one apart, that add or concatenate maps."""
+    holders = {name for call in calls for name, _ in _around(call.node)}
+    found: set[type] = set()
+    for node in calls[0].node.graph.nodes:
+        maps = [n for n in node.all_input_nodes if n.op != "get_attr" and _is_map(n.meta["shape"])]
+        if node.target in _JOINS and len(maps) > 1:
+            # The addition may be a module of its own, whose call is then its owner's act.
+            owners = [
+                kind for name, kind in _around(node)[:2] if name in holders and not issubclass(kind, nn.Sequential)
+            ]
+            found.update(owners[:1])
+    return found
+
+
+def _around(node: fx.Node) -> list[tuple[str, type]]:
+    """Name and class of the modules around a node, from the inside out. A module's second call has another name."""
+    return [(name, kind) for name, (_, kind) in reversed(node.meta.get("nn_module_stack", {}).items())]
+
+
+def _is_map(shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and shape[2] * shape[3] > 1
+
+
+def _stem(blocks: Sequence[str | int], heights: Sequence[int]) -> int:
+    """Number of calls that are the stem: those before the first block at the first resolution; in a network without
+    blocks a single call there."""
+    leading = len(
+        list(takewhile(lambda i: isinstance(blocks[i], int) and heights[i] == heights[0], range(len(blocks))))
+    )
+    if any(isinstance(block, str) for block in blocks):
+        return leading
+    return int(leading == 1 < len(blocks) and heights[0] > max(heights[1:]))
