@@ -7,8 +7,9 @@ costs besides its steps, in one run.
 
 Every variant makes one step per round, in turn, so that a change of the machine's load meets all of them; the table
 takes the median over rounds of the time, and of the ratios within a round. The process is bound to as many cores as it
-has threads. Variants in bfloat16 are left out, unless named, where the processor only emulates it. --compiled adds the
-compiled variants of ResNet-8, whose compilation takes minutes on a CPU.
+has threads. On a GPU all variants run by default, and the table has a column for memory: the most that was allocated in
+a contestant's first step, beyond what was held before it. On a CPU the eager ones run, those in bfloat16 only where the
+processor does not emulate it; --compiled adds the compiled variants of ResNet-8, which take minutes to compile.
   floor      the bare network's own passes (K + 1 forwards, K backwards to the input, one full backward; TRADES and
              FGSM-RS likewise), each timed alone, eager, channels_last, in float32 or bfloat16
   folded     the same passes with the batch norms folded for the attack, as our loop has them
@@ -165,16 +166,32 @@ def contestants(
             )
     for variant, run in runs.items():
         found[f"ours {variant}"] = lambda r=run: timed(lambda: train_step(r, x, y), options)
-    for step in found.values():
+    memory = {key: first_peak(step, options) for key, step in found.items()}
+    return found | {"precisions": {f"ours {v}": run.trained.precision for v, run in runs.items()}, "memory": memory}
+
+
+def first_peak(step: Callable[[], object], options: argparse.Namespace) -> float | None:
+    """Make a first step, with all compilation and capture; the MiB that it allocated at most, on a GPU.
+
+    The first, because a replayed graph allocates nothing: it keeps what it took when it was captured.
+    """
+    if options.device != "cuda":
         step()
-    return found | {"precisions": {f"ours {v}": run.trained.precision for v, run in runs.items()}}
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def measure(
     prepared: PreparedData, network: str, name: str, variants: list[str], options: argparse.Namespace
 ) -> list[dict]:
+    torch._dynamo.reset()  # lets go of the graphs of the networks before
     found = contestants(prepared, network, name, variants, options)
-    precisions = found.pop("precisions")
+    precisions, memory = found.pop("precisions"), found.pop("memory")
     rounds = [{key: step() for key, step in found.items()} for _ in range(options.rounds)]
     rows = []
     for key in found:
@@ -188,6 +205,7 @@ def measure(
                 "times_floor": statistics.median(r[key] / r[f"floor {precision}"] for r in rounds),
                 "times_folded": statistics.median(r[key] / r[f"folded {precision}"] for r in rounds),
                 "over_textbook": statistics.median(r["textbook"] / r[key] for r in rounds),
+                "peak_mib": memory[key],
             }
         )
     return rows
@@ -197,7 +215,8 @@ def show(rows: list[dict]) -> None:
     for row in rows:
         print(
             f"| {row['network']:8} | {row['method']:7} | {row['variant']:18} | {row['images_per_second']:8.1f} "
-            f"| {row['times_floor']:7.2f} | {row['times_folded']:8.2f} | {row['over_textbook']:10.2f} |",
+            f"| {row['times_floor']:7.2f} | {row['times_folded']:8.2f} | {row['over_textbook']:10.2f} |"
+            + ("" if row["peak_mib"] is None else f" {row['peak_mib']:8.0f} |"),
             flush=True,
         )
 
@@ -271,8 +290,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--methods", nargs="+", default=["pgd_at", "trades", "fgsm_rs"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: fp32 eager, bf16 eager")
-    parser.add_argument("--compiled", action="store_true", help="also compiled, ResNet-8 alone")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all on a GPU, else the eager ones")
+    parser.add_argument("--compiled", action="store_true", help="on a CPU: also compiled, ResNet-8 alone")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--activation", default="sparta")
@@ -283,17 +302,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     pin(options)
+    torch._dynamo.config.recompile_limit = 64  # of one class's forward, for all variants; past it, it runs eagerly
     precisions = ["fp32", "bf16"] if has_bf16(options.device) else ["fp32"]
-    chosen = options.variants or [f"{precision} eager" for precision in precisions]
+    gpu = options.device == "cuda"
+    chosen = options.variants or (list(VARIANTS) if gpu else [f"{precision} eager" for precision in precisions])
     print(describe(options))
-    print("| network  | method  | variant            | images/s | x floor | x folded | x textbook |")
-    print("|---|---|---|---|---|---|---|")
+    heads = "| network  | method  | variant            | images/s | x floor | x folded | x textbook |"
+    print(heads + " peak MiB |" * gpu)
+    print("|---|---|---|---|---|---|---|" + "---|" * gpu)
     rows, epochs = [], {}
     with tempfile.TemporaryDirectory() as directory:
         prepared = random_images(Path(directory) / "steps", 256)
         for network in options.networks:
-            compiled = [f"{precision} compiled" for precision in precisions]
-            variants = [*chosen, *(compiled if options.compiled and network == "resnet8" else [])]
+            wanted = options.compiled and network == "resnet8"
+            compiled = [f"{precision} compiled" for precision in precisions if wanted]
+            variants = list(dict.fromkeys([*chosen, *compiled]))
             for name in options.methods:
                 found = measure(prepared, network, name, variants, options)
                 show(found)

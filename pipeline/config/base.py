@@ -30,8 +30,9 @@ def parse_fraction(value: Any) -> Any:
     return value
 
 
-Eps = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0, le=1)]
-"""Radius of a perturbation, in pixel units of an image in [0, 1]; accepts "8/255"."""
+Eps = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0, allow_inf_nan=False)]
+"""Radius of a perturbation, in pixel units of an image in [0, 1]; accepts "8/255". Above 1 it makes sense in l2 alone,
+where it is the length of many pixels together; whoever knows the norm checks that."""
 
-PixelStep = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, le=1)]
-"""A step or a starting radius in pixel units; may be 0; accepts "2/255"."""
+PixelStep = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_inf_nan=False)]
+"""A step in pixel units; may be 0; accepts "2/255". As to 1, see Eps."""

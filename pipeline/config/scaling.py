@@ -11,7 +11,8 @@ class ScalingConfig(Section):
     """Workers and cluster. Nothing here but the number of workers changes a result."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Data-parallel workers. A pair (min, max) is elastic: training shrinks and grows with the cluster."""
+    """Data-parallel workers. A pair (min, max) is elastic: training shrinks and grows with the cluster. They share
+    each batch, to one image evenly; it needs two images for each of them."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU per worker. "auto": if the cluster has GPUs."""
     cpus_per_worker: PositiveInt = 1

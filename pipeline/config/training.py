@@ -15,7 +15,13 @@ class ThreatConfig(Section):
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball around an image."""
     eps: Eps = 8 / 255
-    """Radius of the ball, in pixel units; accepts "8/255"."""
+    """Radius of the ball, in pixel units; accepts "8/255". At most 1 for linf."""
+
+    @model_validator(mode="after")
+    def _inside_the_box(self) -> "ThreatConfig":
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f'expected 0 < eps <= 1 for linf, got {self.eps}: pixels are in [0, 1], write "8/255"')
+        return self
 
 
 class AttackConfig(Section):
@@ -97,7 +103,8 @@ class FGSMRSConfig(Section):
     bn: Literal["eval", "train"] = "eval"
     """Batch normalisation during the attack."""
     collapse_drop: float = Field(default=0.2, gt=0, le=1)
-    """Catastrophic overfitting is declared when validation robust accuracy falls this far below the best so far."""
+    """Catastrophic overfitting is declared when validation robust accuracy falls this far below the best so far, or to
+    half of the best where that is less of a fall and the best was above chance."""
     on_collapse: Literal["stop", "pgd_at"] = "stop"
     """What follows: end with the best epoch, or go on from the best epoch with PGD training."""
     fallback: AttackConfig = AttackConfig(steps=2)
@@ -296,21 +303,48 @@ class TrainingConfig(Section):
         """Name of the accuracy the selection maximises."""
         return self.selection.metric or ("clean" if self.method.kind == "standard" else "robust")
 
+    @property
+    def _attacks(self) -> dict[str, AttackConfig]:
+        """The attacks of the method, by key."""
+        keys = ("attack", "fallback")
+        return {f"method.{key}": getattr(self.method, key) for key in keys if hasattr(self.method, key)}
+
     @model_validator(mode="after")
-    def _consistent(self) -> "TrainingConfig":
-        attack = getattr(self.method, "attack", None)
-        if self.mix and self.method.kind == "mart":
-            raise ValueError(f'mix.kind="{self.mix.kind}" gives soft labels, which method.kind="mart" has no form for')
-        if self.mix and attack and attack.loss in ("margin", "dlr"):
-            raise ValueError(
-                f'mix.kind="{self.mix.kind}" gives soft labels; method.attack.loss="{attack.loss}" needs hard ones'
-            )
+    def _hard_labels_where_needed(self) -> "TrainingConfig":
         if self.label_smoothing and self.method.kind == "mart":
             raise ValueError('label_smoothing has no form in method.kind="mart"; set it to 0')
+        if self.mix and self.method.kind == "mart":
+            raise ValueError(f'mix.kind="{self.mix.kind}" gives soft labels, which method.kind="mart" has no form for')
+        for key, attack in self._attacks.items():
+            if self.mix and attack.loss in ("margin", "dlr"):
+                raise ValueError(
+                    f'mix.kind="{self.mix.kind}" gives soft labels; {key}.loss="{attack.loss}" needs hard ones'
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_inside_the_box(self) -> "TrainingConfig":
+        attacks = [(key, attack, self.threat) for key, attack in self._attacks.items()]
+        attacks.append(("selection.attack", self.selection.attack, self.selection.threat or self.threat))
+        for key, attack, threat in attacks:
+            if threat.norm == "linf" and (attack.step_size or 0) > 1:
+                raise ValueError(
+                    f"expected {key}.step_size <= 1 for linf, got {attack.step_size}: pixels are in [0, 1], "
+                    'write "2/255"'
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingConfig":
         if self.eps_warmup_epochs and self.method.kind == "standard":
             raise ValueError('eps_warmup_epochs needs an attack; method.kind="standard" has none')
         if self.selection.attack.bn != "eval":
             raise ValueError('selection.attack.bn="train" would judge another network than the kept one; use "eval"')
+        if self.method.kind == "fgsm_rs" and self.metric == "clean":
+            raise ValueError(
+                'selection.metric="clean" prefers the network that method.kind="fgsm_rs" leaves after a collapse; '
+                'use "robust" or leave it unset'
+            )
         warmup = getattr(self.schedule, "warmup_epochs", 0.0)
         if warmup >= self.epochs > 1:
             raise ValueError(f"schedule.warmup_epochs={warmup} leaves nothing of epochs={self.epochs}")

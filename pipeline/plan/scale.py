@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError
 from pipeline.plan.sizes import DataSize, expected_size
-from pipeline.plan.work import Network, network_of
-from pipeline.training.methods import build_method
+from pipeline.plan.work import Network, network_of, step_passes
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def _training(config: ChainConfig, data: DataSize, network: Network) -> Training
     return Training(
         epochs=training.epochs,
         images=data.train,
-        forward_equivalents=build_method(training).cost.forward_equivalents,
+        forward_equivalents=step_passes(training),
         validation_passes=passes / selection.every,
         gradient_bytes=4 * network.parameters,
         checkpoint_bytes=state,

@@ -35,7 +35,7 @@ from pipeline.stages.node import Finished, Node
 from pipeline.stages.prepare import PrepareTask
 from pipeline.stages.search import SearchTask
 from pipeline.stages.train import TrainTask
-from pipeline.training.methods import build_method
+from pipeline.training.methods import step_cost
 from sparta_models import build_model
 
 _OTHER_THREAT = 20 + 50  # steps of the two attacks under every other threat
@@ -104,14 +104,19 @@ def table(estimates: Sequence[Estimate], speed: float | None) -> list[str]:
     return ["", *(line.rstrip() for line in lines), *notes]
 
 
+def step_passes(training: TrainingConfig) -> float:
+    """Forward passes of a training step per image, the mean over the epochs: AWP may set in later than the first."""
+    costs = (step_cost(training, epoch=epoch) for epoch in range(training.epochs))
+    return sum(cost.forward_equivalents for cost in costs) / training.epochs
+
+
 def training_flops(network: Network, training: TrainingConfig, data: DataSize) -> float:
     """Of a whole training: its steps, and the validations that select the epoch."""
-    step = build_method(training).cost.forward_equivalents + (3 if training.awp else 0)
     validated = min(data.val, training.selection.max_samples or data.val)
     attack = training.selection.attack
     validations = -(-training.epochs // training.selection.every)
     judged = validations * (data.val + validated * 2 * attack.steps * attack.restarts)
-    return network.flops * (training.epochs * data.train * step + judged)
+    return network.flops * (training.epochs * data.train * step_passes(training) + judged)
 
 
 def evaluation_flops(network: Network, config: EvaluationConfig, data: DataSize) -> float:
@@ -223,8 +228,7 @@ def _speed(
         images = payload["images_per_second"] / payload["world_size"]
     if images is None:
         return None
-    cost = build_method(source.task.training).cost.forward_equivalents
-    return float(images * cost * network_of(source.task.model, data).flops)
+    return float(images * step_passes(source.task.training) * network_of(source.task.model, data).flops)
 
 
 def _hours(e: Estimate, speed: float | None) -> str:

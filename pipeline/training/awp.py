@@ -2,6 +2,7 @@
 
 v_l = gamma ||w_l|| g_l / ||g_l||, g the gradient of the loss at w over the joint batch, for every weight tensor of two
 or more dimensions that is in training; the step's gradient is taken at w + v, and the optimizer steps from w itself.
+Cost: the method's own training passes once more, and a second collective between ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,10 @@ _TINY = 1e-20
 
 @contextmanager
 def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], *, gamma: float, world_size: int) -> Iterator[None]:
-    """Inside the block the weights are w + v; after it, exactly w. `loss` sums over this rank's examples."""
+    """Inside the block the weights are w + v; after it, exactly w.
+
+    loss: makes a forward pass and sums over this rank's examples; in it no running statistic moves.
+    """
     weights = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     before = [w.detach().clone() for w in weights]
     with attack_mode(model, "train"):

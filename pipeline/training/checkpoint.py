@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.artifacts import canonical
 from pipeline.config.base import one_line
 from pipeline.training.ema import EMA
-from pipeline.training.files import DamagedFilesError, read_directory, write_directory
+from pipeline.training.files import DamagedFilesError, read_directory, sweep, write_directory
 from pipeline.training.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
         self.directory, self.fingerprint = directory, fingerprint
+        self.newest: Path | None = None
+        """Directory of this job's newest state that was written or loaded."""
         self._next = 0
         self._referred: tuple[int, ...] = ()
 
@@ -38,19 +40,13 @@ class Checkpoints:
         """Directory of the network selected in an epoch; a state names the epoch that belongs to it."""
         return self.directory / f"best-{epoch:04d}"
 
-    @property
-    def newest(self) -> Path | None:
-        """Directory of the state written last, if there is one."""
-        slot = self.directory / _SLOTS[1 - self._next]
-        return slot if slot.exists() else None
-
     def save(self, groups: Groups, progress: Progress) -> Path:
         """Write the state over the older of the two slots; returns the directory written."""
         slot = self.directory / _SLOTS[self._next]
         state = progress.model_dump(mode="json")
         meta = {"fingerprint": self.fingerprint, "progress": state, "seal": _seal(self.fingerprint, state)}
         write_directory(slot, groups, meta, record=_RECORD)
-        self._next = 1 - self._next
+        self.newest, self._next = slot, 1 - self._next
         self._referred = (progress.best_epoch, *self._referred[:1])
         self._prune()
         return slot
@@ -63,12 +59,17 @@ class Checkpoints:
                 shutil.rmtree(directory)
 
     def load(self) -> tuple[Groups, Progress] | None:
-        """The newest state that is whole and of this job; a damaged one is reported and the one before it taken."""
+        """The newest state that is whole and of this job; a damaged one is reported and the one before it taken.
+
+        What a killed process left half-written is removed, so no rank may be saving yet.
+        """
+        sweep(self.directory)
         found = {slot: state for slot in _SLOTS if (state := self._read(slot)) is not None}
         if not found:
             return None
-        newest = max(found, key=lambda slot: found[slot][1].step)
-        self._next = 1 - _SLOTS.index(newest)
+        # The end of an epoch, with its validation, is no further step than the checkpoint of the epoch's last step.
+        newest = max(found, key=lambda slot: (found[slot][1].step, found[slot][1].epoch))
+        self.newest, self._next = self.directory / newest, 1 - _SLOTS.index(newest)
         self._referred = (found[newest][1].best_epoch,)
         return found[newest]
 

@@ -30,6 +30,11 @@ class Context:
     stop_requested: Callable[[], bool] = lambda: False
     """Asked after every step; true on any rank ends the training on all, with a checkpoint."""
 
+    @property
+    def reports(self) -> bool:
+        """Whether somebody is told of every epoch, who then shows it."""
+        return self.report is not _no_report
+
     @classmethod
     def from_process_group(cls, device: torch.device | None = None) -> Self:
         """The context of a rank started by torchrun or torch.multiprocessing, or of a plain process."""

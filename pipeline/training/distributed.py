@@ -1,4 +1,4 @@
-"""Data parallelism by one collective per step.
+"""Data parallelism by one collective per step; synchronised batch norms and AWP need further ones.
 
 After the backward pass every rank adds up its gradients (of the SUM of its examples' losses), its batch-norm statistics
 weighted by its examples, and its counts, in one flat all-reduce; dividing by the joint count gives exactly the gradient
@@ -52,7 +52,7 @@ class StepReducer:
         if self.world_size > 1:
             return self._joint(counts)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_div_(gradients, float(counts[0]))
+        torch._foreach_div_(gradients, counts[0])
         return counts
 
     def _joint(self, counts: Tensor) -> Tensor:

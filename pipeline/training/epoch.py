@@ -42,11 +42,13 @@ def end_epoch(run: Run, monitor: Monitor) -> None:
             f"val clean {percent(record.val_clean)}  val robust {percent(record.val_robust)}  best {state.best_epoch}"
         )
     state.next_epoch()
+    # Logged before they are checkpointed: a kill in between repeats the end of the epoch, which adds nothing to the
+    # journal; the other way round it would lose the epoch's metrics.
+    metrics |= monitor.times()
+    monitor.log(metrics)
     if number % config.checkpoint.every_epochs == 0 or number == config.epochs or state.stopped_early:
         with monitor.saving():
             run.save()
-    metrics |= monitor.times()
-    monitor.log(metrics)
     run.context.report(metrics, run.checkpoints.newest if run.context.rank == 0 else None)
 
 
@@ -71,7 +73,11 @@ def _validated(run: Run, number: int) -> EpochRecord:
 
 
 def _select(run: Run, record: EpochRecord) -> None:
-    """Keep the network if it is the best so far; ties stay with the earlier epoch."""
+    """Keep the network if it is the best so far; ties stay with the earlier epoch.
+
+    Any gain makes a network the kept one. For the patience of early stopping only one of more than min_delta over the
+    kept one counts, so that small gains, each over the one before, are borne as none.
+    """
     config, state = run.job.training, run.state
     metric = record.val_robust if config.metric == "robust" else record.val_clean
     min_delta = config.early_stopping.min_delta if config.early_stopping else 0.0
@@ -84,14 +90,23 @@ def _select(run: Run, record: EpochRecord) -> None:
 
 
 def _perhaps_stop(run: Run, record: EpochRecord) -> None:
-    """End early against robust overfitting; answer the catastrophic overfitting of one-step training."""
+    """Answer the catastrophic overfitting of one-step training; end early against robust overfitting."""
     config, state = run.job.training, run.state
-    if config.early_stopping and state.validations_since_best >= config.early_stopping.patience:
-        state.stopped_early = f"no better {config.metric} accuracy in {config.early_stopping.patience} validations"
     if isinstance(config.method, FGSMRSConfig) and not state.collapsed:
         best = max(past.val_robust for past in state.history)
-        if best - record.val_robust >= config.method.collapse_drop:
+        if best - record.val_robust >= _fatal_fall(config.method, best, chance=1 / run.prepared.num_classes):
             _answer_collapse(run, config.method, best, record)
+    patience = config.early_stopping.patience if config.early_stopping else None
+    if patience and state.validations_since_best >= patience and state.stopped_early is None:
+        state.stopped_early = f"no better {config.metric} accuracy in {patience} validations"
+
+
+def _fatal_fall(method: FGSMRSConfig, best: float, *, chance: float) -> float:
+    """The fall of validation robust accuracy from its best that is a collapse.
+
+    A best below collapse_drop cannot fall by it, but by half. At chance nothing is learnt yet that could collapse.
+    """
+    return min(method.collapse_drop, best / 2) if best > chance else method.collapse_drop
 
 
 def _answer_collapse(run: Run, method: FGSMRSConfig, best: float, record: EpochRecord) -> None:

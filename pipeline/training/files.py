@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,33 @@ def sha256_of(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
+    with _whole(path) as temporary, temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a .safetensors file, whole or not at all. Raises OSError when the disk refuses."""
+    with _whole(path) as temporary:
+        try:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+        except SafetensorError as error:  # whatever the operating system said, in words
+            raise OSError(f"{path} could not be written: {error}") from error
+        _force(temporary)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name beside `path`; what is written there takes its place at the end, and is removed where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
-    except SafetensorError as error:  # whatever the operating system said, in words
-        raise OSError(f"{path} could not be written: {error}") from error
-    _force(temporary)
-    temporary.replace(path)
+        yield temporary
+        temporary.replace(path)
+    except BaseException:  # what is left of it would fill a full disk further
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_directory(
@@ -67,6 +76,16 @@ def write_directory(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _replace(temporary, directory)
+
+
+def sweep(directory: Path) -> None:
+    """Remove the directories that a killed `write_directory` left half-written in `directory`.
+
+    Only where nobody is writing: one process's leftovers look like another one's work.
+    """
+    for path in directory.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_directory(directory: Path, *, record: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

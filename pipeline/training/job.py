@@ -78,10 +78,11 @@ class TrainedModel(BaseModel):
     """Digest of the activations of the kept network; where they are frozen it was checked against the one before."""
     images_per_second: float
     flops_per_step: float
-    """Floating-point operations of one optimizer step on one full batch, forward passes counted by torch."""
+    """Floating-point operations of one optimizer step of the last epoch on one full batch, forward passes counted by
+    torch."""
     share_of_floor: float | None = None
     """Time of the bare arithmetic of a step, over the measured time of a step."""
     precision: str
     world_size: int
     bit_exact: bool = True
-    """False when it was resumed with another number of workers than it began with."""
+    """False when it was resumed with another number of workers, or on another kind of machine, than it began with."""

@@ -21,7 +21,7 @@ from pipeline.training.monitor import Monitor
 from pipeline.training.network import load_bank
 from pipeline.training.optim import set_learning_rate
 from pipeline.training.run import Run, open_run
-from pipeline.training.seeds import derive_seed, generator_for
+from pipeline.training.seeds import derive_seed, generator_for, on_host
 
 
 def train(job: TrainJob, context: Context) -> TrainedModel:
@@ -39,8 +39,9 @@ def train(job: TrainJob, context: Context) -> TrainedModel:
     if (done := finished(job, fingerprint, context)) is not None:
         return done
     devices = [context.device] if context.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), explain_out_of_memory(job, context):
+    with torch.random.fork_rng(devices), explain_out_of_memory(job, context) as settled:
         run = open_run(job, context, prepared, bank, fingerprint)
+        settled.precision = run.trained.precision
         with run.loader, run.val_loader, Monitor(run) as monitor:
             while run.state.epoch < job.training.epochs and run.state.stopped_early is None:
                 train_epoch(run, monitor)
@@ -52,10 +53,13 @@ def train_epoch(run: Run, monitor: Monitor) -> None:
     """Do what is left of the epoch under way."""
     state, every = run.state, run.job.training.checkpoint.every_steps
     run.loader.set_epoch(state.epoch, state.batch)
+    stop = False
     for x, y in monitor.watched(run.loader):
-        begin = time.perf_counter()
-        stop = train_step(run, x, y)
-        monitor.step(time.perf_counter() - begin)
+        begin, images = time.perf_counter(), state.images
+        stop = train_step(run, x, y) or stop
+        monitor.step(time.perf_counter() - begin, state.images - images)
+        if not run.loader.may_pause(state.batch):
+            continue  # to the next step, after which any number of workers can go on
         if stop or (every and state.step % every == 0):
             run.save()
         if stop:
@@ -63,7 +67,7 @@ def train_epoch(run: Run, monitor: Monitor) -> None:
 
 
 def train_step(run: Run, x: Tensor, y: Tensor) -> bool:
-    """Attack, forward, backward, one collective, optimizer step. Returns whether any rank was asked to stop.
+    """Attack, forward, backward, collective, optimizer step. Returns whether any rank was asked to stop.
 
     x (B, C, H, W) in [0, 1], y (B,): this rank's share of the batch.
     """
@@ -72,7 +76,7 @@ def train_step(run: Run, x: Tensor, y: Tensor) -> bool:
     torch.manual_seed(derive_seed(run.job.seed, "dropout", state.step, context.rank))
     x = x.contiguous(memory_format=torch.channels_last)
     if config.mix:
-        x, y = mix_batch(config.mix, x, y, num_classes=run.prepared.num_classes, generator=draws)
+        x, y = mix_batch(config.mix, x, y, num_classes=run.prepared.num_classes, generator=on_host(draws))
 
     if run.folded is not None:
         run.folded.refresh()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -10,22 +11,30 @@ from pipeline.training.errors import OutOfMemoryError
 from pipeline.training.job import TrainJob
 
 
+@dataclass
+class Settled:
+    """What a training has made of its settings, as far as it has come."""
+
+    precision: str
+
+
 @contextmanager
-def explain_out_of_memory(job: TrainJob, context: Context) -> Iterator[None]:
+def explain_out_of_memory(job: TrainJob, context: Context) -> Iterator[Settled]:
     """Turn torch's out-of-memory errors, of a GPU or of the CPU's allocator, into one that names the settings."""
+    settled = Settled(job.training.precision)
     try:
-        yield
+        yield settled
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise OutOfMemoryError(_explanation(job, context, error)) from error
+            raise OutOfMemoryError(_explanation(job, context, settled, error)) from error
         raise
 
 
-def _explanation(job: TrainJob, context: Context, error: RuntimeError) -> str:
+def _explanation(job: TrainJob, context: Context, settled: Settled, error: RuntimeError) -> str:
     config = job.training
-    share = config.batch_size // context.world_size
+    share = -(-config.batch_size // context.world_size)
     knobs = [f"lower training.batch_size={config.batch_size}", f"raise scaling.num_workers={context.world_size}"]
-    if config.precision == "fp32":
+    if settled.precision == "fp32":
         knobs.append('set training.precision="bf16"')
     if config.method.kind in ("trades", "mart"):
         knobs.append(f'use method.kind="pgd_at", which holds one batch and not two as "{config.method.kind}" does')

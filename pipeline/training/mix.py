@@ -19,9 +19,12 @@ from pipeline.config.training import MixConfig
 def mix_batch(
     config: MixConfig, x: Tensor, y: Tensor, *, num_classes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mixed images (B, C, H, W) and label probabilities (B, num_classes)."""
+    """Mixed images (B, C, H, W) and label probabilities (B, num_classes).
+
+    generator: of the CPU, because share and rectangle decide sizes: the host must know them without asking a device.
+    """
     lam = _beta(config.alpha, generator)
-    other = torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)
+    other = torch.randperm(len(x), generator=generator).to(x.device, non_blocking=True)
     if config.kind == "mixup":
         mixed = torch.lerp(x[other], x, lam)
     else:
@@ -32,7 +35,7 @@ def mix_batch(
 
 def _beta(alpha: float, generator: torch.Generator) -> float:
     """A draw of Beta(alpha, alpha) by way of two Gamma(alpha) draws."""
-    shape = torch.full((2,), alpha, dtype=torch.float64, device=generator.device)
+    shape = torch.full((2,), alpha, dtype=torch.float64)
     first, second = torch._standard_gamma(shape, generator=generator).tolist()
     return float(first / (first + second)) if first + second > 0 else 0.5
 
@@ -40,7 +43,7 @@ def _beta(alpha: float, generator: torch.Generator) -> float:
 def _paste(x: Tensor, source: Tensor, lam: float, generator: torch.Generator) -> tuple[Tensor, float]:
     height, width = x.shape[-2:]
     side = math.sqrt(1 - lam)
-    centre = torch.rand(2, generator=generator, device=generator.device).tolist()
+    centre = torch.rand(2, generator=generator).tolist()
     (top, bottom), (left, right) = (
         _interval(share, side, length) for share, length in zip(centre, (height, width), strict=True)
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.data import Loader
 from pipeline.training.floor import floor_seconds
+from pipeline.training.methods import Cost
 from pipeline.training.network import Forward
 from pipeline.training.reporter import Reporter
 from pipeline.training.run import Run
@@ -26,10 +27,13 @@ class Monitor:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.reporter = Reporter(run.total_steps, rank=run.context.rank)
+        self.reporter = Reporter(run.total_steps, rank=run.context.rank, epochs=not run.context.reports)
         self._log, self._close = _journal(run)
         self._elapsed, self._busy, self._waited, self._saved, self._steps = 0.0, 0.0, 0.0, 0.0, 0
-        self._floor: float | None = None
+        self._images = 0.0
+        self._cost = run.cost
+        self._measured: Cost | None = None  # the cost that the floor is of
+        self._floor: float | None = None  # per image
 
     def __enter__(self) -> Self:
         self.reporter.__enter__()
@@ -42,12 +46,14 @@ class Monitor:
         self._close()
 
     def watched(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-        """The loader's batches, with the waiting for them timed; the first one also measures the floor."""
-        self._elapsed, self._busy, self._waited, self._saved, self._steps = 0.0, 0.0, 0.0, 0.0, 0
+        """The loader's batches, with the waiting for them timed; the first one also measures the floor, and the first
+        of an epoch whose steps cost something else, after the fallback of FGSM-RS or when AWP sets in."""
+        self._elapsed, self._busy, self._waited, self._steps = 0.0, 0.0, 0.0, 0
+        self._images, self._cost = 0.0, self.run.cost
         begin = time.perf_counter()
         for x, y in loader:
             self._waited += time.perf_counter() - begin
-            if self._floor is None:
+            if self._measured != self._cost:
                 self._measure(x)
             begin = time.perf_counter()
             yield x, y
@@ -57,7 +63,7 @@ class Monitor:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Time what is written to disk at the end of an epoch."""
+        """Time what is written to disk at the end of an epoch; what is written after `times` counts in the next one."""
         begin = time.perf_counter()
         yield
         self._saved += time.perf_counter() - begin
@@ -67,13 +73,14 @@ class Monitor:
         run = self.run
         trained = Forward(copy.deepcopy(run.model), run.trained.precision)
         x = x.contiguous(memory_format=torch.channels_last)
-        self._floor = floor_seconds(run.attacked, trained, x, run.method.cost)
+        seconds, self._measured = floor_seconds(run.attacked, trained, x, self._cost), self._cost
+        self._floor = seconds / (len(x) * run.context.world_size)
 
-    def step(self, seconds: float) -> None:
-        """Take in a step that was done."""
+    def step(self, seconds: float, images: float) -> None:
+        """Take in a step that was done, on so many images of all ranks together."""
         state = self.run.state
-        self._busy, self._steps = self._busy + seconds, self._steps + 1
-        state.seconds, state.images = state.seconds + seconds, state.images + self.run.job.training.batch_size
+        self._busy, self._steps, self._images = self._busy + seconds, self._steps + 1, self._images + images
+        state.seconds += seconds
         self.reporter.step(state, self.run.learning_rate)
         if state.step % JOURNAL_STEPS == 0:
             self.log({"running_loss": state.sums.mean_loss, "lr": self.run.learning_rate})
@@ -88,26 +95,25 @@ class Monitor:
         validation: waits, display, journal, checkpoints."""
         if not self._steps:
             return {}
-        elapsed = self._elapsed + self._saved
+        elapsed, self._saved = self._elapsed + self._saved, 0.0
         metrics = {
             "loader_wait_share": self._waited / elapsed,
             "overhead_share": 1 - self._busy / elapsed,
             "step_ms": 1000 * self._busy / self._steps,
-            "images_per_second": self._steps * self.run.job.training.batch_size / self._busy,
+            "images_per_second": self._images / self._busy,
             "flops_per_step": self.flops_per_step,
         }
         return metrics if self.share_of_floor is None else {**metrics, "share_of_floor": self.share_of_floor}
 
     @property
     def flops_per_step(self) -> float:
-        """Floating-point operations of a step over the joint batch."""
-        run = self.run
-        return run.forward_flops * run.job.training.batch_size * run.method.cost.forward_equivalents
+        """Floating-point operations of a step of this epoch over the joint batch."""
+        return self.run.forward_flops * self.run.job.training.batch_size * self._cost.forward_equivalents
 
     @property
     def share_of_floor(self) -> float | None:
-        """Time of the bare arithmetic of a step over the time of a step in this epoch."""
-        return None if self._floor is None or not self._steps else self._floor * self._steps / self._busy
+        """Time of the bare arithmetic of this epoch's steps over the time of the steps."""
+        return None if self._floor is None or not self._steps else self._floor * self._images / self._busy
 
 
 def _journal(run: Run) -> tuple[Callable[[Mapping[str, float], int], None] | None, Callable[[], None]]:

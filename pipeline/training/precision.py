@@ -1,6 +1,9 @@
-"""What "auto" means for precision and compilation on a given device."""
+"""What "auto" means for precision and compilation on a given device, and what the bits of a step depend on."""
+
+from typing import Self
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 COMPILE_STEPS = 2000
 """Training steps from which torch.compile is taken to pay for the minutes it needs, on a GPU."""
@@ -29,3 +32,29 @@ def resolve_compile(setting: str, device: torch.device, steps: int) -> bool:
     if setting != "auto":
         return setting == "on"
     return device.type == "cuda" and steps >= COMPILE_STEPS
+
+
+class Arithmetic(BaseModel):
+    """What the bits of a step depend on besides the job. Elsewhere a training goes on correctly, to other bits."""
+
+    model_config = ConfigDict(frozen=True)
+
+    precision: str
+    compiled: bool
+    device: str
+    """Kind of the device, and what it can do."""
+    threads: int
+    """Of the processor; 0 on a GPU, where they compute nothing."""
+
+    @classmethod
+    def on(cls, device: torch.device, *, precision: str, compiled: bool) -> Self:
+        """The arithmetic of this process on `device`."""
+        if device.type == "cuda":
+            return cls(precision=precision, compiled=compiled, device=torch.cuda.get_device_name(device), threads=0)
+        kind = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+        return cls(precision=precision, compiled=compiled, device=kind, threads=torch.get_num_threads())
+
+    def difference(self, before: Self) -> str:
+        """What is not as it was, in words: "precision bf16 instead of fp32, threads 1 instead of 2"."""
+        pairs = ((name, getattr(self, name), getattr(before, name)) for name in type(self).model_fields)
+        return ", ".join(f"{name} {now} instead of {then}" for name, now, then in pairs if now != then)

@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import BaseModel
 
 from pipeline.training.job import EpochRecord
+from pipeline.training.precision import Arithmetic
 
 
 class Sums(BaseModel):
@@ -59,21 +60,25 @@ class Progress(BaseModel):
     stopped_early: str | None = None
     history: list[EpochRecord] = []
     world_size: int = 1
+    arithmetic: Arithmetic | None = None
+    """How its steps are computed; None in states from before this was noted."""
     bit_exact: bool = True
     seconds: float = 0.0
     """Time in training steps, over all runs."""
     images: float = 0.0
+    """Images trained on, over all ranks and runs."""
 
     def advance(self, sums: Sequence[float]) -> None:
         """Note a step that was done; `sums` in the order of the fields of Sums."""
-        self.step, self.batch = self.step + 1, self.batch + 1
+        self.step, self.batch, self.images = self.step + 1, self.batch + 1, self.images + sums[0]
         self.sums.add(sums)
 
     def next_epoch(self) -> None:
         """Begin the next epoch."""
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums()
 
-    def resumed_by(self, world_size: int) -> Self:
-        """Note how many workers go on with it."""
-        exact = self.bit_exact and world_size == self.world_size
-        return self.model_copy(update={"world_size": world_size, "bit_exact": exact})
+    def resumed_by(self, world_size: int, arithmetic: Arithmetic) -> Self:
+        """Note how many workers go on with it, and how they compute."""
+        same = world_size == self.world_size and self.arithmetic in (None, arithmetic)
+        noted = {"world_size": world_size, "arithmetic": arithmetic, "bit_exact": self.bit_exact and same}
+        return self.model_copy(update=noted)

@@ -15,11 +15,14 @@ LINE_SECONDS = 10.0
 
 
 class Reporter:
-    """Shows the progress of a training of `steps` steps; silent on ranks above 0. A context manager."""
+    """Shows the progress of a training of `steps` steps; silent on ranks above 0. A context manager.
 
-    def __init__(self, steps: int, *, rank: int, stream: TextIO | None = None) -> None:
+    epochs: also show the line of every epoch off a terminal; not where a launcher does.
+    """
+
+    def __init__(self, steps: int, *, rank: int, epochs: bool = True, stream: TextIO | None = None) -> None:
         self.steps, self.stream = steps, stream or sys.stdout
-        self.shown = rank == 0
+        self.shown, self.epochs = rank == 0, epochs
         self._began, self._first, self._last = time.monotonic(), -1, float("-inf")
         terminal = self.shown and self.stream.isatty()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -54,6 +57,8 @@ class Reporter:
         """Show a line that stays."""
         if self._bar:
             self._bar.console.print(text, highlight=False)
+        elif self.shown and self.epochs:
+            print(text, file=self.stream, flush=True)
 
     def _line(self, state: State, lr: float, *, eta: bool = True) -> str:
         sums, speed = state.sums, state.images / max(state.seconds, 1e-9)

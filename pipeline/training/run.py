@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config.training import FGSMRSConfig, StandardConfig, TrainingConfig
 from pipeline.data import Loader, PreparedData, open_split
+from pipeline.training.attacks import attack_mode
 from pipeline.training.awp import perturbed_weights
 from pipeline.training.checkpoint import Checkpoints, gather, restore
 from pipeline.training.context import Context
@@ -17,11 +18,11 @@ from pipeline.training.distributed import StepReducer, broadcast_module, sum_ove
 from pipeline.training.ema import EMA
 from pipeline.training.fold import FoldedShadow
 from pipeline.training.job import TrainJob
-from pipeline.training.methods import Method, build_method
+from pipeline.training.methods import Cost, Method, build_method, step_cost
 from pipeline.training.model_io import ModelMeta
 from pipeline.training.network import Forward, build_network, forward_flops, shadow
 from pipeline.training.optim import build_optimizer, schedule_factor
-from pipeline.training.precision import resolve_compile, resolve_precision
+from pipeline.training.precision import Arithmetic, resolve_compile, resolve_precision
 from pipeline.training.progress import Progress
 from sparta_models import ActivationBank
 
@@ -85,6 +86,12 @@ class Run:
         return min(1.0, (self.now + 1 / len(self.loader)) / warmup) if warmup else 1.0
 
     @property
+    def cost(self) -> Cost:
+        """Of the steps of the epoch under way; after the end, of the last one."""
+        config = self.job.training
+        return step_cost(config, epoch=min(self.state.epoch, config.epochs - 1), collapsed=self.state.collapsed)
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters in training."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -99,12 +106,18 @@ class Run:
         awp = self.job.training.awp
         if awp is None or self.state.epoch < awp.warmup_epochs:
             return nullcontext()
-        loss = self.method.terms(self.trained, x, x_adv, y).loss.sum
+
+        def loss() -> Tensor:
+            return self.method.terms(self.trained, x, x_adv, y).loss.sum()
+
         return perturbed_weights(self.model, loss, gamma=awp.gamma, world_size=self.context.world_size)
 
     def clean_look(self, x: Tensor) -> Tensor | None:
-        """Logits of the clean images, on one batch in CLEAN_LOOK: for methods that never see them otherwise."""
-        return self.attacked.look(x) if self.state.batch % CLEAN_LOOK == 0 else None
+        """Logits of the clean images in eval mode, on one batch in CLEAN_LOOK: for methods that never see them."""
+        if self.state.batch % CLEAN_LOOK:
+            return None
+        with attack_mode(self.attacked):  # of attack.bn="train", batch norms are in training mode
+            return self.attacked.look(x)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -117,13 +130,13 @@ class Run:
             self.checkpoints.save(gather(self.model, self.optimizer, self.ema), self.state)
 
     def fall_back(self, weights: dict[str, Tensor]) -> None:
-        """Go on from other weights by the method that follows a collapse; momentum and average start afresh."""
+        """Go on from other weights by the method that follows a collapse; momentum, average, patience start afresh."""
         self.model.load_state_dict(weights)
         broadcast_module(self.model, self.context.world_size)
         if self.ema is not None:
             self.ema.model.load_state_dict(self.model.state_dict())
         self.optimizer.state.clear()
-        self.state.collapsed = True
+        self.state.collapsed, self.state.validations_since_best = True, 0
         self.method = build_method(self.job.training, collapsed=True)
 
 
@@ -133,13 +146,13 @@ def open_run(
     """Build the run, restored from the newest good checkpoint of the same job if there is one.
 
     Raises:
-        ValueError: for a batch size that the workers cannot share, or a bank that does not fit.
+        ValueError: for a batch size that is too small for the workers, or a bank that does not fit.
     """
     config, device = job.training, context.device
-    if config.batch_size % context.world_size:
+    if context.world_size > 1 and config.batch_size < 2 * context.world_size:
         raise ValueError(
-            f"training.batch_size={config.batch_size} cannot be shared evenly by {context.world_size} workers; "
-            f"set it to a multiple of {context.world_size}"
+            f"training.batch_size={config.batch_size} is less than two images for each of {context.world_size} "
+            "workers; raise it, or lower scaling.num_workers"
         )
     model, meta = build_network(job, prepared, bank)
     model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -149,13 +162,14 @@ def open_run(
     optimizer = build_optimizer(model, config.optimizer)
     ema = EMA(model, config.ema) if config.ema else None
     checkpoints = Checkpoints(job.output / "checkpoints", fingerprint)
-    state = _restored(checkpoints, context, model, optimizer, ema)
+    saved = _restored(checkpoints, context, model, optimizer, ema)
     loader, val_loader = _loaders(job, context, prepared)
     compiled = resolve_compile(config.compile, device, config.epochs * len(loader))
     side = prepared.image_size
     probe = torch.rand((2, prepared.channels, side, side), generator=torch.Generator().manual_seed(0)).to(device)
     flops = forward_flops(model, probe)
     precision = resolve_precision(config.precision, device, flops)
+    state = _taken_up(saved, context, Arithmetic.on(device, precision=precision, compiled=compiled))
     folded = None
     if _attack_bn(config) == "eval":
         folded = FoldedShadow(model, probe, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -200,7 +214,8 @@ def _loaders(job: TrainJob, context: Context, prepared: PreparedData) -> tuple[L
     train = open_split(
         prepared,
         "train",
-        batch_size=config.batch_size // world_size,
+        batch_size=config.batch_size,
+        joint=True,
         seed=job.seed,
         shuffle=True,
         augment=job.augment,
@@ -237,10 +252,18 @@ def _restored(
         return Progress(world_size=context.world_size)
     groups, progress = found
     restore(groups, model, optimizer, ema)
-    if progress.world_size != context.world_size and context.rank == 0:
+    return progress
+
+
+def _taken_up(saved: Progress, context: Context, arithmetic: Arithmetic) -> Progress:
+    """The saved state as this process goes on with it; rank 0 says so if it will come to other bits."""
+    state, begun = saved.resumed_by(context.world_size, arithmetic), saved.arithmetic
+    if context.rank == 0 and state.world_size != saved.world_size:
         _log.warning(
             "resumed with %d workers a training begun with %d: correct, but no longer bit-exact",
-            context.world_size,
-            progress.world_size,
+            state.world_size,
+            saved.world_size,
         )
-    return progress.resumed_by(context.world_size)
+    if context.rank == 0 and begun is not None and arithmetic != begun:
+        _log.warning("resumed with %s: correct, but no longer bit-exact", arithmetic.difference(begun))
+    return state

@@ -64,7 +64,7 @@ def test_overlay_is_checked_like_a_file() -> None:
         ("training.epochs=many", r"training\.epochs: .*integer.*got 'many'"),
         ("training.epochs=0", r"training\.epochs: .*greater than or equal to 1, got 0"),
         ("training.threat.eps=0", r"training\.threat\.eps: .*greater than 0, got 0"),
-        ("training.threat.eps=2", r"training\.threat\.eps: .*less than or equal to 1, got 2"),
+        ("training.threat.eps=2", r"training\.threat: expected 0 < eps <= 1 for linf, got 2\.0"),
         ("training.threat.eps=8/0", r"eps: expected a number or a fraction such as \"8/255\", got '8/0'"),
         ("model.name=resnet9", r"model\.name: unknown model 'resnet9'; known: .*resnet8"),
         ("model.activation.name=rulu", r"model\.activation: unknown activation 'rulu'; known: .*relu"),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pipeline.training.attacks import fgsm, pgd
@@ -20,8 +21,12 @@ ATTACKS = {
         ("kl", "normal", "constant"),
     )
 } | {
-    f"linf-{loss}-targeted": {"norm": "linf", "loss": loss, "targets": torch.tensor([0, 1, 2, 3, 4, 0])}
+    f"{norm}-{loss}-targeted": {"norm": norm, "loss": loss, "targets": torch.tensor([0, 1, 2, 3, 4, 0])}
+    for norm in ("linf", "l2")
     for loss in ("ce", "margin", "dlr")
+}
+ATTACKS |= {
+    f"{name}-restarts": {**ATTACKS[name], "restarts": 2} for name in ("linf-ce-uniform-constant", "l2-dlr-targeted")
 }
 
 
@@ -60,11 +65,12 @@ def test_zero_eps_returns_the_images(name, small_net, images):
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("bn", ["eval", "train"])
-def test_leaves_no_trace_on_the_caller(name, bn, small_net, images):
+@pytest.mark.parametrize("norm_trains", [True, False])
+def test_leaves_no_trace_on_the_caller(name, bn, norm_trains, small_net, images):
     x, y = images
     net = small_net.train()
     net.head.weight.requires_grad_(False)
-    net.norm.eval()
+    net.norm.train(norm_trains)
     net.conv.bias.grad = torch.ones(8)
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     random_state, x_before = torch.get_rng_state(), x.clone()
@@ -236,6 +242,22 @@ def test_soft_labels_attack_the_mixture(small_net, images):
     soft = nn.functional.one_hot(y, 5).float()
     options = {"eps": EPS, "step_size": 0.02, "steps": 2, "random_start": False}
     torch.testing.assert_close(pgd(small_net, x, soft, **options), pgd(small_net, x, y, **options))
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("wrapped", [lambda ddp: ddp, lambda ddp: nn.Sequential(nn.Identity(), ddp)], ids=["out", "in"])
+def test_a_network_wrapped_for_data_parallelism_is_refused(wrapped, small_net, images):
+    """Its backward pass would start a collective at every step of the attack."""
+    model = wrapped(nn.parallel.DistributedDataParallel(small_net))
+    with pytest.raises(ValueError, match="expected the bare module, got a DistributedDataParallel wrapper"):
+        pgd(model, *images, eps=EPS, step_size=0.01, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,32 @@ def test_checkpoint_of_other_settings_is_passed_over(tmp_path, caplog):
 def test_leftovers_of_a_crash_while_writing_do_no_harm(tmp_path):
     checkpoints = Checkpoints(tmp_path, "job")
     checkpoints.save(gather(*state(0)), Progress(step=1))
-    (tmp_path / ".b.123").mkdir()
-    (tmp_path / ".b.123" / "model.safetensors").write_bytes(b"half")
+    for name in (".b.123", ".best-0002.123", ".a.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
     assert Checkpoints(tmp_path, "job").load()[1].step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_of_two_states_at_one_step_the_later_epoch_is_loaded(tmp_path):
+    """The last step of an epoch, and the end of that epoch with its validation."""
+    checkpoints = Checkpoints(tmp_path, "job")
+    checkpoints.save(gather(*state(1)), Progress(step=3, epoch=0, batch=3))
+    end = checkpoints.save(gather(*state(2)), Progress(step=3, epoch=1))
+    again = Checkpoints(tmp_path, "job")
+    assert again.load()[1].epoch == 1
+    assert again.newest == end
+
+
+def test_newest_is_never_another_jobs(tmp_path):
+    others = Checkpoints(tmp_path, "other")
+    for step in (1, 2):
+        others.save(gather(*state(step)), Progress(step=step))
+    checkpoints = Checkpoints(tmp_path, "job")
+    assert checkpoints.load() is None
+    assert checkpoints.newest is None
+    written = checkpoints.save(gather(*state(3)), Progress(step=1))
+    assert checkpoints.newest == written
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -1,15 +1,24 @@
 """What only a CUDA device can show: the same mathematics there, bf16, compilation, memory, nccl."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.distributed as dist
+from test_attacks import ATTACKS, run
+from test_methods import METHODS, config_of
 from torch._dynamo.utils import counters
 
-from pipeline.config.training import AttackConfig, AWPConfig, EMAConfig, TRADESConfig
+from pipeline.config.training import AttackConfig, AWPConfig, EMAConfig, MixConfig, TRADESConfig
 from pipeline.training import Context, OutOfMemoryError, load_model, train
 from pipeline.training.attacks import pgd
 from pipeline.training.distributed import StepReducer
+from pipeline.training.fold import FoldedShadow
+from pipeline.training.methods import build_method
+from pipeline.training.mix import mix_batch
 from pipeline.training.network import Forward, shadow
+from pipeline.training.seeds import generator_for, on_host
 from sparta_models import build_model
 
 pytestmark = [
@@ -22,6 +31,66 @@ GPU = torch.device("cuda", 0)
 def network():
     torch.manual_seed(0)
     return build_model("resnet8", in_channels=1, width=8)
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Any wait for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_never_wait_for_the_device(name, small_net, images):
+    net, x, y = small_net.to(GPU).train(), images[0].to(GPU), images[1].to(GPU)
+    targets = {key: value.to(GPU) for key, value in ATTACKS[name].items() if key == "targets"}
+    run(name, net, x, y, **targets)  # the libraries' own preparations
+    with no_synchronisation():
+        x_adv = run(name, net, x, y, **targets)
+    assert not torch.equal(x_adv, x)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_never_wait_for_the_device(name, precision):
+    model = network().to(GPU).train()
+    x, y = torch.rand(16, 1, 8, 8, device=GPU), torch.arange(16, device=GPU) % 10
+    folded = FoldedShadow(model, x[:2], torch.bfloat16 if precision == "bf16" else torch.float32)
+    attacked, trained, method = Forward(folded, precision), Forward(model, precision), build_method(config_of(name))
+
+    def step() -> torch.Tensor:
+        folded.refresh()
+        x_adv = method.perturb(attacked, x, y, 0.5, generator_for(GPU, 0))
+        return method.terms(trained, x, x_adv, y).loss.sum()
+
+    step()
+    with no_synchronisation():
+        loss = step()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixtures_never_wait_for_the_device_and_are_the_processors(kind):
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    expected = mix_batch(MixConfig(kind=kind), x, y, num_classes=10, generator=torch.Generator().manual_seed(3))
+    on_gpu = x.to(GPU), y.to(GPU)
+    draws = on_host(torch.Generator(GPU).manual_seed(3))
+    with no_synchronisation():
+        found = mix_batch(MixConfig(kind=kind), *on_gpu, num_classes=10, generator=draws)
+    torch.testing.assert_close([t.cpu() for t in found], list(expected))
+
+
+def test_the_mean_of_gradients_never_waits_for_the_device():
+    model = network().to(GPU).train()
+    model(torch.rand(4, 1, 8, 8, device=GPU)).square().sum().backward()
+    expected = [p.grad / 4 for p in model.parameters()]
+    counts = torch.tensor([4.0, 1.0], device=GPU)
+    with no_synchronisation():
+        StepReducer(model, list(model.parameters()), world_size=1)(counts)
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

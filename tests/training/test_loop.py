@@ -35,6 +35,7 @@ from pipeline.training import (
 )
 from pipeline.training import epoch as epoch_module
 from pipeline.training import loop as loop_module
+from pipeline.training import monitor as monitor_module
 from pipeline.training import run as run_module
 from pipeline.training.errors import FrozenChangedError
 from pipeline.training.files import read_directory
@@ -119,6 +120,27 @@ def test_four_epochs_are_two_and_kill_and_two(make_job, monkeypatch):
     assert same(newest_tensors(whole.output), newest_tensors(broken.output))
 
 
+def test_resumed_on_another_number_of_threads_says_it_is_not_bit_exact(make_job, monkeypatch, caplog):
+    job = make_job(**RICH)
+    train_until(job, 4, monkeypatch)
+    torch.set_num_threads(2)
+    try:
+        assert not train(job, Context()).bit_exact
+    finally:
+        torch.set_num_threads(1)
+    assert "resumed with threads 2 instead of 1: correct, but no longer bit-exact" in caplog.text
+
+
+def test_resumed_where_auto_is_another_precision_says_it_is_not_bit_exact(make_job, monkeypatch, caplog):
+    job = make_job(**RICH)
+    monkeypatch.setattr(run_module, "resolve_precision", lambda *args: "fp32")
+    train_until(job, 4, monkeypatch)
+    monkeypatch.setattr(run_module, "resolve_precision", lambda *args: "bf16")
+    trained = train(job, Context())
+    assert (trained.bit_exact, trained.precision) == (False, "bf16")
+    assert "resumed with precision bf16 instead of fp32: correct, but no longer bit-exact" in caplog.text
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -136,21 +158,37 @@ def test_every_kind_of_training_learns(options, make_job):
     trained = train(make_job(epochs=3, **options), Context())
     losses = [record.train_loss for record in trained.history]
     assert losses[-1] < losses[0]
-    assert 0 <= trained.val_robust <= trained.val_clean <= 1
 
 
-def test_kept_network_is_the_selected_epochs_average(make_job):
+def test_adversarial_weights_leave_running_statistics_to_the_training_pass(make_job):
+    job = make_job(epochs=2, awp=AWPConfig())
+    train(job, Context())
+    tensors = newest_tensors(job.output)
+    batches = [t.item() for name, t in tensors.items() if name.endswith("num_batches_tracked")]
+    assert set(batches) == {6}
+
+
+def group(output, name):
+    """One group of tensors of the newest state."""
+    return {key.partition("/")[2]: t for key, t in newest_tensors(output).items() if key.startswith(f"{name}/")}
+
+
+def test_kept_network_is_the_average_of_the_selected_epoch(make_job, monkeypatch):
+    fake_accuracies(monkeypatch, [0.1, 0.2, 0.3])
+    job = make_job(epochs=3, **RICH)
+    assert train(job, Context()).selected_epoch == 3
+    kept = load_model(job.output / "model").state_dict()
+    assert same(kept, group(job.output, "ema"))
+    assert not same(kept, group(job.output, "model"))
+
+
+def test_of_equal_epochs_the_first_is_kept(make_job, monkeypatch):
+    fake_accuracies(monkeypatch, [0.1, 0.3, 0.3])
     job = make_job(epochs=3, **RICH)
     trained = train(job, Context())
-    best = max(record.val_robust for record in trained.history)
-    first_best = next(record.epoch for record in trained.history if record.val_robust == best)
-    assert trained.selected_epoch == first_best
-    assert trained.val_robust == best
-    kept = load_model(job.output / "model")
-    if trained.selected_epoch == 3:
-        live = {n[6:]: t for n, t in newest_tensors(job.output).items() if n.startswith("model/")}
-        assert not same(live, kept.state_dict())
-    assert [p.name for p in (job.output / "checkpoints").glob("best-*")] == [f"best-{first_best:04d}"]
+    assert (trained.selected_epoch, trained.val_robust) == (2, 0.3)
+    assert not same(load_model(job.output / "model").state_dict(), group(job.output, "ema"))
+    assert [p.name for p in (job.output / "checkpoints").glob("best-*")] == ["best-0002"]
 
 
 def test_finished_training_is_returned_and_a_changed_one_is_redone(make_job, monkeypatch):
@@ -257,6 +295,26 @@ def test_out_of_memory_names_numbers_and_settings(make_job, monkeypatch):
         train(make_job(), Context())
 
 
+def test_out_of_memory_of_the_processor_is_explained_too(make_job, monkeypatch):
+    monkeypatch.setattr(loop_module, "train_step", lambda run, x, y: torch.empty(2**50))  # beyond any address space
+    with pytest.raises(
+        OutOfMemoryError, match=r"does not fit on cpu: .*DefaultCPUAllocator.*lower training.batch_size"
+    ):
+        train(make_job(), Context())
+
+
+@pytest.mark.parametrize("resolved", ["fp32", "bf16"])
+def test_out_of_memory_offers_bf16_only_where_it_is_not_in_use(resolved, make_job, monkeypatch):
+    def full(run, x, y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop_module, "train_step", full)
+    monkeypatch.setattr(run_module, "resolve_precision", lambda *args: resolved)
+    with pytest.raises(OutOfMemoryError) as caught:
+        train(make_job(precision="auto"), Context())
+    assert ('set training.precision="bf16"' in str(caught.value)) == (resolved == "fp32")
+
+
 def test_stop_request_checkpoints_and_the_job_goes_on_from_there(make_job):
     asked = iter([False, False, False, True])
     job, whole = make_job("stopped", ema=EMAConfig()), make_job("whole", ema=EMAConfig())
@@ -294,6 +352,31 @@ def test_catastrophic_overfitting_ends_the_training_with_the_best_epoch(make_job
     assert "catastrophic overfitting in epoch 3: validation robust accuracy fell from 0.600 to 0.100" in (
         trained.stopped_early
     )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "epochs"),
+    [
+        ([0.12, 0.15, 0.0, 0.0], 3),  # by less than collapse_drop, but all there was
+        ([0.05, 0.09, 0.0, 0.0], 4),  # ten classes: nothing was learnt yet
+        ([0.3, 0.5, 0.31, 0.29], 4),  # by more than collapse_drop in the last epoch only
+    ],
+)
+def test_a_collapse_is_noticed_from_any_accuracy_above_chance(accuracies, epochs, make_job, monkeypatch):
+    fake_accuracies(monkeypatch, accuracies)
+    trained = train(make_job(epochs=4, method=FGSMRSConfig()), Context())
+    assert trained.epochs == epochs
+    assert trained.selected_epoch == 2
+    assert ("catastrophic overfitting" in (trained.stopped_early or "")) == (accuracies[1] > 0.1)
+
+
+def test_patience_begins_anew_after_the_fall_back(make_job, monkeypatch):
+    """Without it the epoch of the collapse, the second without a better one, would be the last."""
+    fake_accuracies(monkeypatch, [0.6, 0.59, 0.1, 0.2, 0.3, 0.4])
+    method = FGSMRSConfig(on_collapse="pgd_at", fallback=AttackConfig(steps=1))
+    trained = train(make_job(epochs=6, method=method, early_stopping=EarlyStoppingConfig(patience=2)), Context())
+    assert (trained.epochs, trained.selected_epoch) == (5, 1)
+    assert trained.stopped_early == "no better robust accuracy in 2 validations"
 
 
 @pytest.mark.parametrize("kill_at", [None, 10])
@@ -353,7 +436,60 @@ def test_every_epoch_is_reported_and_journaled(make_job):
     assert not (job.output / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("method", [PGDATConfig(attack=AttackConfig(steps=1)), FGSMRSConfig()])
+def test_speed_is_of_the_images_that_came(make_job):
+    """90 an epoch, in batches of 32, 32 and 26."""
+    reports = []
+    train(make_job(), Context(report=lambda metrics, _: reports.append(metrics)))
+    for metrics in reports:
+        assert metrics["images_per_second"] * 3 * metrics["step_ms"] / 1000 == pytest.approx(90)
+
+
+def test_validation_is_printed_here_unless_a_launcher_is_told(make_job, capsys):
+    train(make_job("alone"), Context())
+    assert capsys.readouterr().out.count("val robust") == 2
+    train(make_job("launched"), Context(report=lambda metrics, checkpoint: None))
+    assert "val robust" not in capsys.readouterr().out
+
+
+def floors(monkeypatch):
+    """Forward passes of the steps whose floor is measured."""
+    measured, real = [], monitor_module.floor_seconds
+
+    def measuring(attacked, trained, x, cost):
+        measured.append(cost.forward_equivalents)
+        return real(attacked, trained, x, cost, repeats=1)
+
+    monkeypatch.setattr(monitor_module, "floor_seconds", measuring)
+    return measured
+
+
+def test_floor_and_operations_are_those_of_the_epochs_steps(make_job, monkeypatch):
+    """Adversarial weights set in with the second epoch and cost the pass of 3 again."""
+    measured, reports = floors(monkeypatch), []
+    job = make_job(epochs=3, awp=AWPConfig(warmup_epochs=1))
+    trained = train(job, Context(report=lambda metrics, _: reports.append(metrics)))
+    assert measured == [2 * 2 + 3, 2 * 2 + 6]
+    flops = [metrics["flops_per_step"] for metrics in reports]
+    assert flops == [flops[0], flops[0] / 7 * 10, flops[0] / 7 * 10]
+    assert trained.flops_per_step == flops[-1]
+
+
+def test_floor_is_measured_again_after_the_fall_back(make_job, monkeypatch):
+    measured = floors(monkeypatch)
+    fake_accuracies(monkeypatch, [0.6, 0.1, 0.2])
+    train(make_job(epochs=3, method=FGSMRSConfig(on_collapse="pgd_at", fallback=AttackConfig(steps=3))), Context())
+    assert measured == [5, 9]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PGDATConfig(attack=AttackConfig(steps=1)),
+        PGDATConfig(attack=AttackConfig(steps=1, bn="train")),
+        FGSMRSConfig(),
+        FGSMRSConfig(bn="train"),
+    ],
+)
 def test_clean_accuracy_of_adversarial_training_is_that_of_the_network_before_the_step(method, make_job, digits):
     """All images in one batch, one step: the look at the clean ones is at the initial network."""
     job = make_job(epochs=1, batch_size=90, method=method)
@@ -392,9 +528,7 @@ def test_flops_are_those_of_the_passes(make_job):
     assert isinstance(TrainedModel.model_validate_json(train(job, Context()).model_dump_json()), TrainedModel)
 
 
-def test_batch_that_workers_cannot_share_is_refused(make_job, monkeypatch):
+def test_batch_that_is_too_small_for_its_workers_is_refused(make_job, monkeypatch):
     monkeypatch.setattr(loop_module, "finished", lambda *args: None)  # which would ask the other workers
-    with pytest.raises(
-        ValueError, match="batch_size=32 cannot be shared evenly by 3 workers; set it to a multiple of 3"
-    ):
-        train(make_job(), Context(world_size=3))
+    with pytest.raises(ValueError, match="batch_size=32 is less than two images for each of 17 workers"):
+        train(make_job(), Context(world_size=17))

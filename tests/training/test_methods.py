@@ -9,16 +9,24 @@ from torch import nn
 
 from pipeline.config.training import (
     AttackConfig,
+    AWPConfig,
+    EMAConfig,
     FGSMRSConfig,
     MARTConfig,
+    OneCycleConfig,
+    OptimizerConfig,
     PGDATConfig,
     StandardConfig,
     ThreatConfig,
     TRADESConfig,
     TrainingConfig,
 )
+from pipeline.training import Context
 from pipeline.training.attacks import pgd
-from pipeline.training.methods import build_method
+from pipeline.training.loop import train_step
+from pipeline.training.methods import build_method, step_cost
+from pipeline.training.progress import Sums
+from pipeline.training.run import open_run
 
 EPS, BETA = 0.1, 3.0
 METHODS = {
@@ -28,7 +36,9 @@ METHODS = {
     "mart": MARTConfig(beta=BETA, attack=AttackConfig(steps=2, start="normal")),
     "fgsm_rs": FGSMRSConfig(),
 }
-GOLDEN = Path(__file__).parent / "golden_losses.json"
+GOLDEN = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
+STEPS = {name: {"method": method} for name, method in METHODS.items()}
+STEPS["trades-awp"] = {"method": METHODS["trades"], "awp": AWPConfig(gamma=0.05)}
 
 
 def config_of(name, **others):
@@ -138,6 +148,24 @@ def test_cost_in_forward_passes(name, cost):
     assert build_method(config_of(name)).cost.forward_equivalents == cost
 
 
+@pytest.mark.parametrize(("name", "cost"), [("standard", 6), ("pgd_at", 2 * 2 + 6), ("trades", 2 * 2 + 13)])
+def test_adversarial_weights_cost_the_training_passes_again_once_they_set_in(name, cost):
+    config = config_of(name, awp=AWPConfig(warmup_epochs=2))
+    assert step_cost(config, epoch=1) == build_method(config).cost
+    assert step_cost(config, epoch=2).forward_equivalents == cost
+
+
+@pytest.mark.parametrize("eps", [0.9, 1.0])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_one_step_may_be_longer_than_one(norm, eps, setting):
+    """1.25 eps, cut back to the ball."""
+    net, x, _, y = setting
+    method = build_method(TrainingConfig(threat=ThreatConfig(norm=norm, eps=eps), method=FGSMRSConfig()))
+    x_adv = method.perturb(net, x, y, 1.0, torch.Generator().manual_seed(0))
+    assert not torch.equal(x_adv, x)
+    assert torch.linalg.vector_norm((x_adv - x).flatten(1), torch.inf if norm == "linf" else 2, 1).max() <= eps + 1e-6
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_passes_through_the_network_are_the_stated_cost(name, setting):
     """Counted by hooks: forwards without a graph, with one to the input, and the batches trained on."""
@@ -170,4 +198,37 @@ def five_losses(name, net, x, y):
 def test_five_steps_follow_the_record(name, setting):
     """In float64, so that the record holds on any processor. To renew it: print five_losses for every method."""
     net, x, _, y = setting
-    assert five_losses(name, net, x, y) == pytest.approx(json.loads(GOLDEN.read_text())[name], rel=1e-6)
+    assert five_losses(name, net, x, y) == pytest.approx(GOLDEN["methods"][name], rel=1e-6)
+
+
+def five_training_steps(job, digits):
+    """Losses of train_step on the five batches of an epoch, as `train` would come to them."""
+    losses = []
+    with torch.random.fork_rng(devices=[]):
+        run = open_run(job, Context(), digits, None, "golden")
+        with run.loader, run.val_loader:
+            for x, y in run.loader:
+                run.state.sums = Sums()
+                train_step(run, x, y)
+                losses.append(run.state.sums.mean_loss)
+    return losses
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_five_training_steps_follow_the_record(name, make_job, digits):
+    """With everything a step does: folded shadow, growing eps, AWP, optimizer groups, schedule, average, clipping.
+
+    In l2, whose steps turn no sign, so that float32 holds the record on any processor. To renew it: print
+    five_training_steps for every entry of STEPS.
+    """
+    job = make_job(
+        epochs=1,
+        batch_size=18,
+        threat=ThreatConfig(norm="l2", eps=1.0),
+        eps_warmup_epochs=0 if name == "standard" else 0.5,
+        optimizer=OptimizerConfig(lr=0.1, clip_norm=1.0),
+        schedule=OneCycleConfig(),
+        ema=EMAConfig(),
+        **STEPS[name],
+    )
+    assert five_training_steps(job, digits) == pytest.approx(GOLDEN["training_steps"][name], rel=1e-3)

@@ -5,6 +5,7 @@ import torch
 
 from pipeline.config.training import MixConfig
 from pipeline.training.mix import mix_batch
+from pipeline.training.seeds import on_host
 
 
 def batch():
@@ -45,6 +46,12 @@ def test_share_follows_the_beta_distribution(alpha):
     shares = torch.tensor(shares)
     assert shares.mean().item() == pytest.approx(0.5, abs=0.04)
     assert shares.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)
+
+
+def test_a_generator_of_the_cpu_is_the_hosts_own():
+    generator = torch.Generator().manual_seed(3)
+    torch.rand(5, generator=generator)
+    assert on_host(generator) is generator
 
 
 def test_generator_decides_the_mixture():

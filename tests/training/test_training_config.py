@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.training import FGSMRSConfig, MixConfig, PGDATConfig, TrainingConfig
+from pipeline.config.training import FGSMRSConfig, MixConfig, PGDATConfig, ThreatConfig, TrainingConfig
 
 
 def test_fractions_and_kinds_are_read():
@@ -36,18 +36,49 @@ def test_metric_follows_the_method_unless_set(kind, metric):
         ({"method": {"kind": "mart"}, "mix": {"kind": "mixup"}}, "soft labels"),
         ({"method": {"kind": "mart"}, "label_smoothing": 0.1}, "set it to 0"),
         ({"method": {"kind": "pgd_at", "attack": {"loss": "dlr"}}, "mix": {"kind": "cutmix"}}, "needs hard ones"),
+        (
+            {"method": {"kind": "fgsm_rs", "fallback": {"loss": "margin"}}, "mix": {"kind": "mixup"}},
+            r'method\.fallback\.loss="margin" needs hard ones',
+        ),
+        ({"method": {"kind": "fgsm_rs"}, "selection": {"metric": "clean"}}, 'use "robust" or leave it unset'),
         ({"method": {"kind": "standard"}, "eps_warmup_epochs": 2}, "needs an attack"),
         ({"optimizer": {"momentum": 0}}, "set optimizer.nesterov=false"),
         ({"schedule": {"kind": "piecewise", "milestones": [0.7, 0.5]}}, "must rise strictly"),
         ({"epochs": 5, "schedule": {"kind": "cosine", "warmup_epochs": 5}}, "leaves nothing of epochs=5"),
         ({"selection": {"attack": {"bn": "train"}}}, 'use "eval"'),
         ({"threat": {"eps": "eight"}}, "expected a number or a fraction"),
+        ({"threat": {"eps": 1.5}}, "expected 0 < eps <= 1 for linf, got 1.5"),
+        ({"threat": {"norm": "l2", "eps": float("inf")}}, "should be a finite number"),
+        (
+            {"method": {"attack": {"step_size": 2}, "kind": "pgd_at"}},
+            r"expected method\.attack\.step_size <= 1 for linf",
+        ),
+        (
+            {
+                "threat": {"norm": "l2", "eps": 3},
+                "selection": {"attack": {"step_size": 2}, "threat": {"norm": "linf", "eps": 0.1}},
+            },
+            r"expected selection\.attack\.step_size <= 1 for linf, got 2.0",
+        ),
         ({"epoch": 3}, "Extra inputs are not permitted"),
     ],
 )
 def test_contradictions_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         TrainingConfig.model_validate(settings)
+
+
+def test_an_l2_radius_and_its_steps_may_exceed_one():
+    attack = {"step_size": 1.5}
+    config = TrainingConfig.model_validate(
+        {
+            "threat": {"norm": "l2", "eps": 2},
+            "method": {"kind": "pgd_at", "attack": attack},
+            "selection": {"attack": attack},
+        }
+    )
+    assert config.threat == ThreatConfig(norm="l2", eps=2.0)
+    assert config.method.attack.step_size == 1.5
 
 
 def test_every_field_has_a_description():

@@ -91,10 +91,19 @@ def test_off_a_terminal_fixed_fields_are_printed_at_the_ends():
     assert len(lines[0]) == len(lines[1])
 
 
+@pytest.mark.parametrize("epochs", [True, False])
+def test_off_a_terminal_the_line_of_an_epoch_is_printed_unless_a_launcher_does(epochs):
+    stream = io.StringIO()
+    with Reporter(10, rank=0, epochs=epochs, stream=stream) as reporter:
+        reporter.epoch("epoch 1/2  val robust 50.0%")
+    assert stream.getvalue() == ("epoch 1/2  val robust 50.0%\n" if epochs else "")
+
+
 def test_ranks_above_zero_are_silent():
     stream = io.StringIO()
     with Reporter(1, rank=1, stream=stream) as reporter:
         reporter.step(state(1), lr=0.1)
+        reporter.epoch("epoch 1/2  val robust 50.0%")
     assert stream.getvalue() == ""
 
 

@@ -71,10 +71,11 @@ def pgd(
 ) -> Tensor:
     """Adversarial images x_adv (B, C, H, W) with |x_adv - x| <= eps in `norm` and values in [0, 1].
 
-    model: images -> logits (B, C), never a DistributedDataParallel wrapper. x: floating, in [0, 1]; y: (B,) labels or,
-    for "ce" and "kl", (B, C) probabilities. eps, step_size in pixel units. loss: ce, margin, dlr, kl. random_start:
-    False, True or "uniform" (in the ball), "normal" (0.001 N(0, 1)). restarts: the worst of every example is kept.
-    targets: (B,) classes to reach. step_rule: a name in STEP_RULES. Without a generator a copy of the global one draws.
+    model: images -> logits (B, C), nowhere in it a DistributedDataParallel wrapper. x: floating, in [0, 1]; y: (B,)
+    labels or, for "ce" and "kl", (B, C) probabilities. eps, step_size in pixel units. loss: ce, margin, dlr, kl.
+    random_start: False, True or "uniform" (in the ball), "normal" (0.001 N(0, 1)). restarts: the worst of every example
+    is kept. targets: (B,) classes to reach. step_rule: a name in STEP_RULES. Without a generator a copy of the global
+    one draws. A GPU is never waited for.
     Raises ValueError for values out of range and unknown names.
     """
     _check(model, x, y, eps=eps, step_size=step_size, steps=steps, restarts=restarts, step_rule=step_rule)
@@ -165,8 +166,9 @@ def _copy_of_global(device: torch.device) -> torch.Generator:
 def _check(
     model: Model, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int, restarts: int, step_rule: str
 ) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("expected the bare module, got a DistributedDataParallel wrapper; pass model.module")
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
+        raise ValueError("expected the bare module, got a DistributedDataParallel wrapper; pass its .module")
     if not x.is_floating_point():
         raise ValueError(f"expected floating images in [0, 1], got {x.dtype}; divide by 255 first")
     if len(x) != len(y):
