@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Section
+from pipeline.config.tracking import has_password
 
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "gtsrb", "stl10", "npz", "folder"
@@ -33,7 +33,8 @@ class DataConfig(Section):
     dataset: DatasetName = "digits"
     """digits: scikit-learn's, embedded. mnist ... stl10: through torchvision. npz and folder: your own, at `path`."""
     path: str | None = None
-    """npz: a file or an fsspec URL; folder: an ImageFolder tree. What is not found here is looked up in SPARTA_DATA."""
+    """npz: a file or an fsspec URL; folder: a local ImageFolder tree. What is not found here is looked up in
+    SPARTA_DATA."""
     root: Path = Path("data")
     """Where torchvision's data sets lie, or are downloaded to."""
     classes: tuple[int | str, ...] | None = None
@@ -58,14 +59,15 @@ class DataConfig(Section):
     auto: jpeg for RGB folders with image_size above 64 where FFCV is installed, otherwise raw."""
     jpeg_quality: int = Field(90, ge=1, le=100)
     """Quality of the stored JPEG images."""
-    max_side: int = Field(512, ge=16, le=65500)
+    max_side: int = Field(512, ge=16, le=8192)
     """Longest side of the stored JPEG images."""
     loader: LoaderName = "auto"
-    """ffcv streams from the file; memory holds the split as one tensor. auto: ffcv where it is installed."""
+    """ffcv streams from the file; memory holds the split as one tensor, which with storage=auto means raw pixels.
+    auto: ffcv where it is installed."""
     writers: int = Field(0, ge=0)
-    """Processes that write one split; 0 takes the number of cores (1 below 10,000 images)."""
+    """Processes in which FFCV writes a split; 0 takes one per core (1 below 10,000 images)."""
     timeout: float = Field(3600 * 6.0, gt=0)
-    """Seconds after which writing one split is given up."""
+    """Seconds after which writing the splits, all of them together, is given up."""
     node_cache: Path | None = None
     """A folder on each node's own disk: files are copied there once per node, verified, and read from there."""
     mirror: str | None = None
@@ -85,11 +87,16 @@ class DataConfig(Section):
                 "set data.dataset to npz or folder, or data.root for torchvision's data sets"
             )
         for key, location in (("path", self.path), ("mirror", self.mirror)):
-            if location and "://" in location and urlsplit(location).password:
+            if location and has_password(location):
                 raise ValueError(
                     f"data.{key} expected an URL without a password, which would stand in every log; "
                     "give it to fsspec's backend, for example by its environment variables"
                 )
+        if self.dataset == "folder" and self.path and "://" in self.path:
+            raise ValueError(
+                f"data.path={self.path!r}: data.dataset=folder reads a folder of this machine, not a URL; "
+                "copy it here first, or pack the images into an .npz (data.dataset=npz)"
+            )
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ValueError(f"data.classes expected at least two different classes, got {list(self.classes)}")
         if self.storage == "jpeg" and self.channels == 1:

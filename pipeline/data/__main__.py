@@ -11,7 +11,7 @@ from pipeline.data.augment import center_boxes
 from pipeline.data.errors import DataError
 from pipeline.data.prepared import PreparedData
 from pipeline.data.readers import Reader, open_reader
-from pipeline.data.sidecar import RECORD_NAME, Sidecar, check_file, read_sidecar
+from pipeline.data.sidecar import Sidecar, check_file, read_sidecar
 
 _COLUMNS, _ROWS = 12, 8
 
@@ -38,17 +38,24 @@ def _inspect(path: Path, grid: Path) -> None:
     reader = open_reader(path, sidecar)
     try:
         print(_described(path, sidecar))
-        picture(reader).save(grid)
+        _save(picture(reader), grid)
     finally:
         reader.close()
     print(f"{'grid':<14}{grid}")
+
+
+def _save(image: Image.Image, place: Path) -> None:
+    try:
+        image.save(place)
+    except (OSError, ValueError) as error:  # ValueError: an ending that names no format
+        raise DataError(f"--grid={place}: cannot be written ({error}); name a .png in a folder of yours") from error
 
 
 def _described(path: Path, sidecar: Sidecar) -> str:
     shown = sidecar.model_dump(exclude={"indices", "class_counts", "fields"})
     lines = [str(path)] + [f"{key:<14}{_text(value)}" for key, value in shown.items()]
     lines += [f"field {name:<8}{kind}" for name, kind in sidecar.fields.items()]
-    names = _class_names(path, len(sidecar.class_counts))
+    names = _class_names(path, sidecar)
     width = max(map(len, names)) + 2
     return "\n".join(
         [*lines, "class counts"]
@@ -62,10 +69,15 @@ def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _class_names(path: Path, num_classes: int) -> list[str]:
-    if (path.parent / RECORD_NAME).exists():
-        return list(PreparedData.load(path.parent).class_names)
-    return [str(n) for n in range(num_classes)]
+def _class_names(path: Path, sidecar: Sidecar) -> list[str]:
+    """From the record beside the file, if it is a record and the file's."""
+    numbers = [str(n) for n in range(len(sidecar.class_counts))]
+    try:
+        prepared = PreparedData.load(path.parent)
+    except DataError:
+        return numbers
+    mine = sidecar.sha256 in {split.sha256 for split in prepared.splits.values()}
+    return list(prepared.class_names) if mine and len(prepared.class_names) == len(numbers) else numbers
 
 
 def picture(reader: Reader) -> Image.Image:

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.errors import DataError
-from pipeline.data.write import SplitWork
+from pipeline.data.write import TOO_SLOW, SplitWork
 
 _GRACE = 5.0
 _NO_SPACE = 1 << 18
@@ -32,6 +34,8 @@ class WriteJob:
 
     splits: tuple[SplitWork, ...]
     error: Path
+    terminal: int | None
+    """Descriptor, inherited, of the terminal that takes the progress bar."""
 
     def report(self, message: str) -> None:
         """Leave the first message for the parent; renamed, so that it is never read half.
@@ -65,23 +69,38 @@ def write_apart(splits: Sequence[SplitWork], folder: Path, timeout: float) -> No
         OSError: the disk is full.
         FfcvUnusableError: FFCV does not import there.
     """
-    job = WriteJob(tuple(splits), folder / "write.error")
+    deadline = time.monotonic() + timeout
     log = folder / "write.log"
-    with log.open("wb") as output:
+    with _terminal() as terminal, log.open("wb") as output:
+        job = WriteJob(tuple(splits), folder / "write.error", terminal)
         child = subprocess.Popen(  # noqa: S603, our own module and file
             [sys.executable, "-m", "pipeline.data.write_job", str(job.error)],
             stdin=subprocess.PIPE,
             stdout=output,
-            stderr=None if sys.stderr.isatty() else output,
+            stderr=output,  # on a terminal too: the bar has a descriptor of its own, and tracebacks are not for users
+            pass_fds=() if terminal is None else (terminal,),
             start_new_session=True,  # so that FFCV's own workers end with it
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
         )
+    with ThreadPoolExecutor(1) as pool:  # a process that does not take its job must not stop the clock
+        handed = pool.submit(_hand_over, child, job)
+        try:
+            _wait(child, job, log, handed, deadline)
+        finally:
+            _end(child)
+            log.unlink()
+
+
+@contextmanager
+def _terminal() -> Iterator[int | None]:
+    if not sys.stderr.isatty():
+        yield None
+        return
+    descriptor = os.dup(sys.stderr.fileno())
     try:
-        _hand_over(child, job)
-        _wait(child, job, log, time.monotonic() + timeout)
+        yield descriptor
     finally:
-        _end(child)
-        log.unlink()
+        os.close(descriptor)
 
 
 def _hand_over(child: "subprocess.Popen[bytes]", job: WriteJob) -> None:
@@ -94,24 +113,25 @@ def _hand_over(child: "subprocess.Popen[bytes]", job: WriteJob) -> None:
         return
 
 
-def _wait(child: "subprocess.Popen[bytes]", job: WriteJob, log: Path, deadline: float) -> None:
+def _wait(child: "subprocess.Popen[bytes]", job: WriteJob, log: Path, handed: "Future[None]", deadline: float) -> None:
     while child.poll() is None and not job.error.exists():
         if time.monotonic() > deadline:
-            raise DataError("writing the splits took longer than data.timeout; raise it, or data.writers")
+            raise DataError(TOO_SLOW)
         time.sleep(0.02)
     if job.error.exists():
         message = job.error.read_text()
         if message.startswith(NO_FFCV):
             raise FfcvUnusableError(message.removeprefix(NO_FFCV))
         raise _failure(message, log)
+    handed.result()
     if child.returncode:
         tail = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise _failure(f"exit code {child.returncode} {''.join(tail)}", log)
 
 
 def _failure(message: str, log: Path) -> Exception:
-    """What went wrong there; on a full disk the process could not even leave a message."""
-    if shutil.disk_usage(log.parent).free < _NO_SPACE:
+    """What went wrong there; on a full disk the process may not even have left a message."""
+    if os.strerror(errno.ENOSPC) in message or shutil.disk_usage(log.parent).free < _NO_SPACE:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.parent.parent))
     return DataError(f"writing the splits failed: {message}")
 

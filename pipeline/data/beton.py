@@ -11,29 +11,33 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 # Importing ffcv sets torch and numba to one thread for the whole process, and spends seconds on compiling a dictionary.
 _threads, _numba_threads, _jit = torch.get_num_threads(), numba.get_num_threads(), numba.config.DISABLE_JIT
 numba.config.DISABLE_JIT = 1
-import ffcv.libffcv  # noqa: E402
-import ffcv.writer  # noqa: E402
-from ffcv.fields import IntField, NDArrayField, RGBImageField  # noqa: E402
-from ffcv.fields.rgb_image import encode_jpeg  # noqa: E402
-from ffcv.reader import Reader  # noqa: E402
-from ffcv.writer import DatasetWriter  # noqa: E402
+try:
+    import ffcv.libffcv
+    import ffcv.writer
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+    from ffcv.fields.rgb_image import encode_jpeg
+    from ffcv.reader import Reader
+    from ffcv.writer import DatasetWriter
+finally:
+    torch.set_num_threads(_threads)
+    numba.set_num_threads(_numba_threads)
+    numba.config.DISABLE_JIT = _jit
+
 from llvmlite import binding  # type: ignore[import-untyped]  # noqa: E402
 from numba import types  # noqa: E402
-
-torch.set_num_threads(_threads)
-numba.set_num_threads(_numba_threads)
-numba.config.DISABLE_JIT = _jit
 
 from pipeline.data.errors import DataError  # noqa: E402
 from pipeline.data.samples import Pixels, Samples  # noqa: E402
@@ -42,7 +46,10 @@ from pipeline.data.sidecar import Storage  # noqa: E402
 Integers = npt.NDArray[np.int64]
 
 _AGAIN = "delete the folder and prepare again"
-_PAGE = 1 << 23
+_SMALL_PAGE, _PAGE, _LARGEST_PAGE = 1 << 21, 1 << 23, 1 << 31
+"""FFCV takes powers of two from the first to the third."""
+_MOST_PIXELS = 2048
+"""Per byte of a JPEG: far above the 64 of a picture of one colour, far below what a wrong index would ask for."""
 _SMALL_FILE, _MAPPED, _AROUND = 200 << 20, 32 << 20, 128 << 10
 """Of a file above the first size, pages are given back after about so many mapped bytes: the page cache keeps them, and
 resident memory stays bounded. The kernel maps neighbours with every image: the third is what they add on average."""
@@ -106,17 +113,36 @@ def field_names(storage: Storage, channels: int) -> dict[str, str]:
     return {name: type(field).__name__ for name, field in fields(storage, channels, 1, 90).items()}
 
 
+def page_size(num_bytes: int, count: int) -> int:
+    """Size of the writer's pages for `count` images of up to `num_bytes`: one of them fits.
+
+    A file has two pages at least, and every process of the writer two in memory.
+    """
+    usual = _SMALL_PAGE if num_bytes * count <= _PAGE else _PAGE
+    return min(_LARGEST_PAGE, max(usual, 1 << (num_bytes - 1).bit_length()))
+
+
 def write(
-    samples: Samples, path: Path, *, storage: Storage, quality: int, writers: int, report: Callable[[str], None]
+    samples: Samples,
+    path: Path,
+    *,
+    storage: Storage,
+    quality: int,
+    writers: int,
+    report: Callable[[str], None],
+    terminal: TextIO | None,
 ) -> None:
     """Write every sample. To be called in a process of its own, which the caller ends once `report` was called.
 
     Args:
         report: takes the reason when a worker fails: FFCV's writer itself would then wait for ever.
+        terminal: takes the progress bar.
     """
     side = samples.size or samples.max_side
-    page = max(_PAGE, 1 << (side * side * 3).bit_length())
+    # Noise at the highest quality can come out larger as JPEG than its pixels are.
+    num_bytes = side * side * samples.channels * (2 if storage == "jpeg" else 1)
     columns = fields(storage, samples.channels, side, quality)
+    page = page_size(num_bytes, len(samples))
     writer = _ReportingWriter(str(path), columns, page_size=page, num_workers=writers)
     writer.report = report
     workers: list[Any] = []
@@ -126,6 +152,7 @@ def write(
         return workers[-1]
 
     ffcv.writer.Process = recorded
+    ffcv.writer.tqdm = partial(tqdm, desc=path.stem, file=terminal, disable=terminal is None)
     threading.Thread(target=_watch, args=(workers, report), daemon=True).start()
     writer.from_indexed_dataset(samples)
 
@@ -162,7 +189,7 @@ class BetonReader:
     """
 
     def __init__(self, path: Path, *, storage: Storage, expected: dict[str, str], size: int, channels: int) -> None:
-        self.storage, self.size, self.channels, self.streams = storage, size, channels, True
+        self.storage, self.size, self.channels = storage, size, channels
         reader = _open(path, expected)
         self.num_samples = int(reader.num_samples)
         self.labels: Integers = reader.metadata["f1"].astype(np.int64)
@@ -173,17 +200,26 @@ class BetonReader:
         self.shapes: Integers = np.full((self.num_samples, 2), size, dtype=np.int64)
         if image.dtype.names is not None:
             self.shapes = np.stack([image["height"], image["width"]], 1).astype(np.int64)
-        self._check_extent(path)
+        self._check_index(path)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._data = np.frombuffer(self._map, np.uint8)
         self._unreturned = 0
 
-    def _check_extent(self, path: Path) -> None:
-        end = int((self._starts + self._sizes).max(initial=0)) if len(self._sizes) == self.num_samples else -1
-        expected = self.size * self.size * self.channels
-        if not 0 <= end <= path.stat().st_size or (self.storage == "raw" and (self._sizes != expected).any()):
+    def _check_index(self, path: Path) -> None:
+        """Refuse what would lead the compiled kernels out of the file, or out of an image: they do not look."""
+        starts, sizes, shapes = self._starts, self._sizes, self.shapes
+        whole = len(self.labels) == len(starts) == len(sizes) == self.num_samples
+        # Signed: what does not fit into 63 bits is negative here.
+        if not whole or (sizes < 0).any() or (starts < 0).any() or (starts > path.stat().st_size - sizes).any():
             raise DataError(f"{path}: its index does not fit its content; {_AGAIN}")
+        odd = (shapes < 1).any()
+        if self.storage == "raw":
+            odd |= (sizes != self.size * self.size * self.channels).any()
+        else:
+            odd |= (shapes.prod(1) > sizes * _MOST_PIXELS).any()
+        if odd:
+            raise DataError(f"{path}: its images cannot have the shapes that its index says; {_AGAIN}")
 
     def read(self, indices: Integers, boxes: Integers | None = None) -> Pixels:
         """Images uint8 (B, S, S, C) in new memory.

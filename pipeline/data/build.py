@@ -3,8 +3,11 @@
 import errno
 import json
 import shutil
+import sys
 import tempfile
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +19,7 @@ from pipeline.data.apart import FfcvUnusableError, ffcv_installed, write_apart
 from pipeline.data.errors import DataError, FfcvMissingWarning
 from pipeline.data.paths import resolve_path
 from pipeline.data.prepared import PreparedData, SplitInfo, data_digest
+from pipeline.data.readers import open_reader
 from pipeline.data.remote import publish
 from pipeline.data.samples import Samples
 from pipeline.data.sidecar import RECORD_NAME, Sidecar, Storage, read_sidecar, sampled_digest, write_json
@@ -24,8 +28,10 @@ from pipeline.data.splits import Selection, select
 from pipeline.data.write import SplitRecipe, SplitWork, write_split
 
 _PLACES = {"path", "root", "writers", "timeout", "loader", "node_cache", "mirror"}
-"""Settings that say where and how, not what: changing them does not change the data."""
+"""Settings that say where and how, not what: changing them does not change the data, with one exception: of folders
+above 64 pixels, `loader` decides what storage=auto means (`_storage`)."""
 _LARGE = 64
+_NUM_GLIMPSED = 10_000
 _BUILDING = ".building-"
 
 
@@ -81,23 +87,45 @@ def _source_stamp(config: DataConfig) -> Any:
     path = resolve_path(config.path, "data.path")
     if path.is_file():
         return [path.stat().st_size, sampled_digest(path)]
-    files = [[str(p.relative_to(path)), p.stat().st_size] for p in sorted(path.rglob("*")) if p.is_file()]
-    return sha256(json.dumps(files).encode()).hexdigest()
+    files = [p for p in sorted(path.rglob("*")) if p.is_file()]
+    listed = [[str(p.relative_to(path)), p.stat().st_size] for p in files]
+    # Of a large folder some files only: this is done whenever a chain starts.
+    with ThreadPoolExecutor() as pool:
+        glimpses = list(pool.map(_glimpse, files[:: max(1, -(-len(files) // _NUM_GLIMPSED))]))
+    return sha256(json.dumps([listed, glimpses]).encode()).hexdigest()
+
+
+def _glimpse(path: Path) -> str:
+    """Digest of a file's first, middle and last 4 KiB."""
+    try:
+        return sampled_digest(path, 3)
+    except OSError:  # the source will say what is wrong with it
+        return ""
 
 
 def _existing(directory: Path, config: DataConfig, request: str) -> PreparedData | None:
-    """What is there, if it is whole and what is asked for."""
+    """What is there, if it is whole, what is asked for, and can be read here."""
     try:
         prepared = PreparedData.load(directory)
+        if prepared.request != request:
+            return None
         for split in prepared.splits:
-            prepared.check(split)
+            path = prepared.check(split)
+            storage = _storage(config, prepared.image_size, prepared.channels, path.suffix)
+            if prepared.storage != storage or (config.loader == "ffcv" and path.suffix == ".npz"):
+                return None
+            if path.suffix == ".beton":
+                _check_readable(path, prepared.sidecar(split))
     except DataError:
         return None
-    unwanted = {".npz"} if config.loader == "ffcv" else set()
+    return prepared
+
+
+def _check_readable(path: Path, sidecar: Sidecar) -> None:
+    """Raise a DataError where FFCV is no longer installed, or no longer imports."""
     if not ffcv_installed():
-        unwanted = {".beton"}
-    suffixes = {Path(split.file).suffix for split in prepared.splits.values()}
-    return prepared if prepared.request == request and not suffixes & unwanted else None
+        raise DataError(f"{path}: ffcv is not installed")
+    open_reader(path, sidecar).close()
 
 
 def _build(config: DataConfig, directory: Path, seed: int, request: str) -> None:
@@ -158,9 +186,10 @@ def _write(work: list[SplitWork], place: Path, timeout: float) -> None:
     if work[0].path.suffix == ".beton":
         write_apart(work, place, timeout)
         return
+    deadline = time.monotonic() + timeout
     for item in work:
         try:
-            write_split(item)
+            write_split(item, terminal=sys.stderr if sys.stderr.isatty() else None, deadline=deadline)
         except OSError as error:
             if error.errno == errno.ENOSPC:  # not the data's fault
                 raise

@@ -1,5 +1,6 @@
 """A data set in one .npz file, local or behind an fsspec URL, opened without holding the images in memory."""
 
+import mmap
 import shutil
 import tempfile
 import weakref
@@ -17,6 +18,8 @@ from pipeline.data.paths import resolve_path
 from pipeline.data.sources import Source, SourceSplit, checked_labels
 
 _MAX_CLASSES = 100_000
+_MAPPED = 32 << 20
+"""Pages are given back after so many bytes: the page cache keeps them, and resident memory does not grow."""
 _LAYOUT = "train_images uint8 (N, H, W) or (N, H, W, 3), train_labels (N,), test_images, test_labels"
 
 
@@ -33,21 +36,26 @@ class MappedImages:
 
     def __init__(self, path: Path, folder: "_TemporaryFolder") -> None:
         self._path, self._folder = path, folder
-        self._array = np.load(path, mmap_mode="r")
+        self._array, self._unreturned = np.load(path, mmap_mode="r"), 0
         self.shape, self.dtype = self._array.shape, self._array.dtype
 
     def __len__(self) -> int:
         return int(self.shape[0])
 
     def __getitem__(self, index: int) -> npt.NDArray[np.uint8]:
-        return np.asarray(self._array[index])
+        image = np.array(self._array[index])
+        self._unreturned += image.nbytes
+        if self._unreturned > _MAPPED:
+            self._unreturned = 0
+            self._array._mmap.madvise(mmap.MADV_DONTNEED)
+        return image
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_path": self._path, "shape": self.shape, "dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._array = np.load(self._path, mmap_mode="r")
+        self._array, self._unreturned = np.load(self._path, mmap_mode="r"), 0
 
 
 def npz_source(config: DataConfig) -> Source:

@@ -18,11 +18,13 @@ _ORDER, _PIXELS = 0, 1
 class Order:
     """Batches of one rank. Every sample comes once per epoch over all ranks, and all ranks have equally many batches.
 
-    The epoch's order is cut into global batches of world_size * batch_size; rank r takes every world_size-th sample of
-    each, from r on. So a step sees the same samples whatever the number of ranks, for an equal global batch.
+    The epoch's order is cut into global batches of world_size * batch_size or, with `joint`, of batch_size, which need
+    not divide; rank r takes every world_size-th sample of each, from r on. So a step sees the same samples whatever the
+    number of ranks, for an equal global batch.
 
     Raises:
-        DataError: fewer samples than ranks, or than a global batch with drop_last.
+        DataError: fewer samples than ranks, or than a global batch with drop_last; with `joint`, less than two samples
+            of a global batch for each of several ranks.
     """
 
     num_samples: int
@@ -32,6 +34,7 @@ class Order:
     rank: int = 0
     world_size: int = 1
     drop_last: bool = False
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -40,21 +43,39 @@ class Order:
             raise DataError(f"rank expected from 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}")
         if self.num_samples < self.world_size:
             raise DataError(f"{self.num_samples} samples cannot be shared by {self.world_size} ranks; use fewer ranks")
+        if self.joint and self.world_size > 1 and self.batch_size < 2 * self.world_size:
+            raise DataError(
+                f"a joint batch_size expected at least 2 samples for each of {self.world_size} ranks, got "
+                f"{self.batch_size}; use fewer ranks"
+            )
         if not len(self):
             raise DataError(
                 f"drop_last leaves no batch: {self.num_samples} samples are fewer than {self.world_size} ranks x "
                 f"batch_size {self.batch_size}; use a smaller batch_size"
             )
 
+    @property
+    def _step(self) -> int:
+        """Samples of a global batch."""
+        return self.batch_size if self.joint else self.world_size * self.batch_size
+
+    def may_pause(self, batch: int) -> bool:
+        """Whether, after `batch` batches, another number of ranks sees exactly the other samples of the epoch.
+
+        Not so before the last batch, where the rest is so small that its share depends on the number of ranks.
+        """
+        rest = self.num_samples % self._step
+        return batch != len(self) - 1 or rest == 0 or 2 * rest >= self._step
+
     def _bounds(self) -> list[int]:
         """Where the global batches begin and end."""
-        step = self.world_size * self.batch_size
+        step = self._step
         full = self.num_samples // step * step
         bounds = list(range(0, full + 1, step))
         rest = self.num_samples - full
         if rest and not self.drop_last:
             # Too few for one sample per rank: the last two global batches share evenly, or become one.
-            if rest < self.world_size and self.batch_size > 1:
+            if rest < self.world_size and step >= 2 * self.world_size:
                 bounds[-1] -= (step - rest) // 2
             elif rest < self.world_size:
                 bounds.pop()

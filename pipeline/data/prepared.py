@@ -15,7 +15,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.loader import Loader
 from pipeline.data.order import Order
 from pipeline.data.paths import as_url
-from pipeline.data.readers import open_reader
+from pipeline.data.readers import Chosen, Integers, open_reader
 from pipeline.data.sidecar import RECORD_NAME, Sidecar, check_file, file_sha256, read_sidecar
 
 
@@ -162,14 +162,18 @@ def open_split(
     device: str | torch.device = "cpu",
     loader: LoaderName = "auto",
     workers: int | None = None,
+    positions: Integers | None = None,
+    joint: bool = False,
 ) -> Loader:
     """Open a split of prepared data.
 
     Args:
-        batch_size: images per batch and rank.
+        batch_size: images per batch and rank; with `joint`, per batch of all ranks together.
         augment: how training images are changed; None leaves them as they are.
         loader: "auto" takes what the data was prepared for.
-        workers: threads that decode; by default one for raw pixels, and this process's share of the cores for JPEG.
+        workers: threads that read, decode and, on the CPU, augment; by default one for raw pixels, and this process's
+            share of the cores for JPEG.
+        positions: which samples of the split, in their order; None means all.
 
     Raises:
         DataError: the file does not pass its checks, or the order cannot be made (see `Order`).
@@ -181,9 +185,17 @@ def open_split(
         from pipeline.data.remote import copy_to_node
 
         path = copy_to_node(prepared.path(split), prepared.node_cache)
-    order = Order(prepared.splits[split].count, batch_size, seed, shuffle, rank, world_size, drop_last)
+    count = prepared.splits[split].count if positions is None else len(positions)
+    order = Order(count, batch_size, seed, shuffle, rank, world_size, drop_last, joint)
     reader = open_reader(path, sidecar, prepared.loader if loader == "auto" else loader)
+    if positions is not None:
+        reader = Chosen(reader, positions)
     if workers is None:
-        cores = len(os.sched_getaffinity(0))
-        workers = max(1, cores // min(world_size, cores)) if prepared.storage == "jpeg" else 1
+        workers = _num_decoders(world_size) if prepared.storage == "jpeg" else 1
     return Loader(reader, order, augment=augment, device=torch.device(device), workers=workers)
+
+
+def _num_decoders(world_size: int) -> int:
+    """This process's share of the node's cores. Ray and torchrun say how many ranks are on the node."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)

@@ -120,20 +120,20 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sampled_digest(path: Path) -> str:
-    """Sha256 of 64 blocks of 4 KiB from the first to the last byte (all of a small file)."""
+def sampled_digest(path: Path, num_blocks: int = _NUM_BLOCKS) -> str:
+    """Sha256 of blocks of 4 KiB spread from the first to the last byte (all of a small file)."""
     digest = sha256()
     size = path.stat().st_size
     with path.open("rb") as file:
-        for offset in _offsets(size):
+        for offset in _offsets(size, num_blocks):
             file.seek(offset)
             digest.update(file.read(_BLOCK))
     return digest.hexdigest()
 
 
-def _offsets(size: int) -> Iterator[int]:
+def _offsets(size: int, num_blocks: int) -> Iterator[int]:
     last = max(0, size - _BLOCK)
-    return (last * n // (_NUM_BLOCKS - 1) for n in range(_NUM_BLOCKS))
+    return (last * n // (num_blocks - 1) for n in range(num_blocks))
 
 
 def cache_root() -> Path:
@@ -146,12 +146,19 @@ def cache_root() -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name, then rename, so that a reader sees all of it or none."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json_text(value))
     temporary.replace(path)
 
 
+def json_text(value: Any) -> str:
+    """JSON as this package writes it: equal values give equal text."""
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
 def _receipt(path: Path) -> Path:
-    return cache_root() / "verified" / (sha256(str(path.resolve()).encode()).hexdigest() + ".json")
+    # With the machine's name: a home that several machines share vouches for none of the others' disks.
+    place = f"{os.uname().nodename} {path.resolve()}"
+    return cache_root() / "verified" / (sha256(place.encode()).hexdigest() + ".json")
 
 
 def _known(path: Path, stat: os.stat_result, digest: str) -> bool:

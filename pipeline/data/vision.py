@@ -5,10 +5,12 @@ so only the authors' own bytes are ever unpickled; SVHN and STL-10 are compared 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from pipeline.config.data import DataConfig
 from pipeline.data.errors import DataError
@@ -58,13 +60,14 @@ def _opened(factory: Callable[..., Any], config: DataConfig, train: bool) -> Any
     root = config.root.expanduser()
     # Of MNIST's files torchvision looks at the names alone, so damage shows itself while reading.
     troubles = (OSError, RuntimeError, ValueError, AssertionError, LookupError)
-    try:
+    with suppress(*troubles):
         return factory(train=train, root=root, download=False)
-    except troubles:
-        pass
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return factory(train=train, root=root, download=True)
+        with FileLock(root / ".lock"):
+            with suppress(*troubles):  # another process may have downloaded them while this one waited
+                return factory(train=train, root=root, download=False)
+            return factory(train=train, root=root, download=True)
     except troubles as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(

@@ -1,15 +1,18 @@
 """Writing one split: streamed from its source, verified by reading it back, and described by a sidecar."""
 
+import math
 import os
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from pipeline.config.base import Section
 from pipeline.data.errors import DataError
@@ -19,6 +22,7 @@ from pipeline.data.sidecar import Sidecar, Storage, file_sha256, sampled_digest,
 
 _NUM_CHECKED = {"raw": 2048, "jpeg": 64}
 _SMALL = 10_000
+TOO_SLOW = "writing the splits took longer than data.timeout; raise it, or data.writers"
 
 
 class SplitRecipe(Section):
@@ -51,14 +55,22 @@ class SplitWork:
     recipe: SplitRecipe
 
 
-def write_split(work: SplitWork, report: Callable[[str], None] = print) -> None:
+def write_split(
+    work: SplitWork,
+    report: Callable[[str], None] = print,
+    *,
+    terminal: TextIO | None = None,
+    deadline: float = math.inf,
+) -> None:
     """Write a split to its path (.beton through FFCV, or .npz), verify it, and put its sidecar beside it.
 
     Args:
         report: takes the reason when a process of FFCV's writer fails (see `beton.write`).
+        terminal: takes a progress bar.
+        deadline: time of the monotonic clock at which an .npz is given up; FFCV's writer is ended by its parent.
 
     Raises:
-        DataError: a sample cannot be read, or what was written is not what was read.
+        DataError: a sample cannot be read, what was written is not what was read, or the time is up.
         OSError: the disk is full.
         ImportError: a .beton without FFCV.
     """
@@ -70,18 +82,29 @@ def write_split(work: SplitWork, report: Callable[[str], None] = print) -> None:
     if path.suffix == ".beton":
         from pipeline.data import beton
 
-        writers = recipe.writers or (os.cpu_count() or 1 if len(samples) >= _SMALL else 1)
-        quality = recipe.jpeg_quality
-        beton.write(samples, path, storage=recipe.storage, quality=quality, writers=writers, report=report)
+        beton.write(
+            samples,
+            path,
+            storage=recipe.storage,
+            quality=recipe.jpeg_quality,
+            writers=recipe.writers or _num_writers(len(samples)),
+            report=report,
+            terminal=terminal,
+        )
         fields = beton.field_names(recipe.storage, samples.channels)
     else:
-        _write_npz(samples, path)
+        _write_npz(samples, path, terminal, deadline)
         fields = {"images": "uint8 (N, H, W, C)", "labels": "int64 (N,)"}
     ledger = np.fromfile(ledger_path, RECORD)
     sidecar = _describe(samples, path, ledger, recipe, fields)
     _verify(samples, path, ledger, sidecar, recipe.jpeg_quality)
     write_json(sidecar_path(path), sidecar.model_dump(mode="json"))
     ledger_path.unlink()
+
+
+def _num_writers(num_samples: int) -> int:
+    """As many as this process has cores, but for few images, where starting them takes longer."""
+    return len(os.sched_getaffinity(0)) if num_samples >= _SMALL else 1
 
 
 def _describe(
@@ -108,28 +131,25 @@ def _describe(
     )
 
 
-def _write_npz(samples: Samples, path: Path) -> None:
-    """Arrays `images` and `labels`, through a mapped temporary, so that memory stays constant."""
-    size = samples.size
-    assert size is not None
-    pixels = path.with_suffix(".images.npy")
-    shape = (len(samples), size, size, samples.channels)
-    mapped = np.lib.format.open_memmap(pixels, "w+", dtype=np.uint8, shape=shape)
-    _reserve(pixels)
-    for index in range(len(samples)):
-        mapped[index] = samples[index][0]
-    mapped.flush()
-    del mapped
-    labels = path.with_suffix(".labels.npy")
-    np.save(labels, samples.labels)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, place in (("images", pixels), ("labels", labels)):
-            # A fixed time stamp: the same images give the same file.
-            info = zipfile.ZipInfo(f"{name}.npy")
-            with place.open("rb") as source, archive.open(info, "w", force_zip64=True) as target:
-                while piece := source.read(1 << 20):
-                    target.write(piece)
-            place.unlink()
+def _write_npz(samples: Samples, path: Path, terminal: TextIO | None, deadline: float) -> None:
+    """Arrays `images` and `labels`, an image at a time, so that memory stays constant."""
+    assert samples.size is not None
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+        "fortran_order": False,
+        "shape": (len(samples), samples.size, samples.size, samples.channels),
+    }
+    progress = tqdm(range(len(samples)), desc=path.stem, file=terminal, disable=terminal is None)
+    # ZipInfo's fixed time stamp: the same images give the same file.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive, progress as indices:
+        with archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as target:
+            np.lib.format.write_array_header_1_0(target, header)
+            for index in indices:
+                if time.monotonic() > deadline:
+                    raise DataError(TOO_SLOW)
+                target.write(samples[index][0].data)
+        with archive.open(zipfile.ZipInfo("labels.npy"), "w", force_zip64=True) as target:
+            np.lib.format.write_array(target, samples.labels, allow_pickle=False)
 
 
 def _reserve(path: Path) -> None:
@@ -140,7 +160,7 @@ def _reserve(path: Path) -> None:
 
 def _verify(samples: Samples, path: Path, ledger: npt.NDArray[Any], sidecar: Sidecar, quality: int) -> None:
     """Read back count, labels and a sample of the pixels, and compare them with what the source gave."""
-    reader = open_reader(path, sidecar)
+    reader = open_reader(path, sidecar, mapped=True)
     try:
         if reader.num_samples != len(samples) or not np.array_equal(reader.labels, samples.labels):
             raise DataError(f"{path.name}: the labels read back are not those written; the disk or FFCV is at fault")

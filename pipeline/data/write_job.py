@@ -25,12 +25,13 @@ def main() -> int:
     job: WriteJob = pickle.load(sys.stdin.buffer)  # noqa: S301 - the parent's end of a pipe
     try:
         from pipeline.data import beton  # noqa: F401, to tell a missing FFCV from any other failure
-    except (ImportError, OSError) as error:
-        job.report(f"{NO_FFCV}{error}")
+    except Exception as error:  # whatever a package raises that is damaged, or does not fit the others
+        job.report(f"{NO_FFCV}{type(error).__name__}: {error}")
         return 1
     try:
+        terminal = None if job.terminal is None else os.fdopen(job.terminal, "w")
         for work in job.splits:
-            write_split(work, job.report)
+            write_split(work, job.report, terminal=terminal)
     except Exception as error:
         traceback.print_exc()
         job.report(f"{type(error).__name__}: {error}")

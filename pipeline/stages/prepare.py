@@ -18,7 +18,8 @@ class PrepareTask:
 
 
 def prepare_node(branch: str, task: PrepareTask, *, planning: bool = False) -> Node[PrepareTask]:
-    """The node that prepares one data set. Its identity is its settings and the content read, not where that lies.
+    """The node that prepares one data set. Its identity is its settings and a stamp of what the user's files hold, not
+    where they lie.
 
     When `planning`, the user's files need not be there yet.
     """

@@ -39,10 +39,14 @@ def rgb_npz(rgb_config, tmp_path_factory) -> PreparedData:
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> PreparedData:
+def photos_config(tmp_path_factory) -> DataConfig:
+    root = write_folder(tmp_path_factory.mktemp("photos"))
+    return DataConfig(dataset="folder", path=str(root), image_size=48, storage="jpeg", max_side=100)
+
+
+@pytest.fixture(scope="session")
+def photos(photos_config, tmp_path_factory) -> PreparedData:
     """JPEG images of different shapes in .beton files."""
     if not HAS_FFCV:
         pytest.skip("ffcv is not installed")
-    root = write_folder(tmp_path_factory.mktemp("photos"))
-    config = DataConfig(dataset="folder", path=str(root), image_size=48, storage="jpeg", max_side=100)
-    return prepare(config, tmp_path_factory.mktemp("photos_prepared"), seed=0)
+    return prepare(photos_config, tmp_path_factory.mktemp("photos_prepared"), seed=0)

@@ -1,11 +1,14 @@
 """Makers of small data sets that several test files share."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from pipeline.data.sidecar import file_sha256, sampled_digest, sidecar_path
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
 needs_ffcv = pytest.mark.skipif(not HAS_FFCV, reason="ffcv is not installed")
@@ -40,3 +43,18 @@ def write_folder(root: Path, *, classes: int = 2, images: int = 8) -> Path:
                 root / f"class{label}" / f"{number:02d}.jpg", quality=95
             )
     return root
+
+
+def edit_sidecar(path: Path, **changes: object) -> None:
+    place = sidecar_path(path)
+    place.write_text(json.dumps(json.loads(place.read_text()) | changes))
+
+
+def vouch_for(path: Path) -> None:
+    """Make the sidecar agree with what the file holds now, so that only its content can give it away."""
+    digests = {"sha256": file_sha256(path), "sampled": sampled_digest(path), "size": path.stat().st_size}
+    edit_sidecar(path, **digests)
+    record = path.parent / "prepared.json"
+    content = json.loads(record.read_text())
+    content["splits"][path.stem]["sha256"] = digests["sha256"]
+    record.write_text(json.dumps(content))

@@ -22,6 +22,8 @@ from pipeline.config.data import AugmentConfig, DataConfig, RandomResizedCropCon
         ({"limit": {"train": 0}}, "greater than or equal to 1"),
         ({"storage": "jpeg", "channels": 1}, "set data.channels=3"),
         ({"storage": "jpeg", "loader": "memory"}, "set data.storage=raw"),
+        ({"dataset": "folder", "path": "s3://bucket/images"}, "reads a folder of this machine, not a URL"),
+        ({"max_side": 8193}, "less than or equal to 8192"),
         ({"group_pattern": "(x)"}, "leave it out"),
         ({"dataset": "folder", "path": "p", "group_pattern": "("}, "not a regular expression"),
         ({"dataset": "folder", "path": "p", "group_pattern": "x"}, "needs a group in parentheses"),

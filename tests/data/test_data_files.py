@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from data_sets import needs_ffcv
+from data_sets import edit_sidecar, needs_ffcv, vouch_for, write_npz
 
-from pipeline.data import DataError, PreparedData, open_split
-from pipeline.data.sidecar import check_file, file_sha256, read_sidecar, sampled_digest, sidecar_path
+from pipeline.config.data import DataConfig
+from pipeline.data import DataError, FfcvMissingWarning, PreparedData, open_split, prepare
+from pipeline.data.sidecar import _BLOCK, _NUM_BLOCKS, _offsets, check_file, file_sha256, read_sidecar, sidecar_path
 
 
 def truncate(path):
@@ -33,21 +35,6 @@ def half_written(path):
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(bytes(path.stat().st_size - path.stat().st_size // 2))
-
-
-def edit_sidecar(path, **changes):
-    place = sidecar_path(path)
-    place.write_text(json.dumps(json.loads(place.read_text()) | changes))
-
-
-def vouch_for(path):
-    """Make the sidecar agree with what the file holds now, so that only its content can give it away."""
-    digests = {"sha256": file_sha256(path), "sampled": sampled_digest(path), "size": path.stat().st_size}
-    edit_sidecar(path, **digests)
-    record = path.parent / "prepared.json"
-    content = json.loads(record.read_text())
-    content["splits"]["train"]["sha256"] = digests["sha256"]
-    record.write_text(json.dumps(content))
 
 
 def foreign(path):
@@ -168,12 +155,59 @@ def test_the_whole_file_is_read_once_per_machine(rgb_npz, tmp_path, monkeypatch)
     assert len(read) == 2
 
 
-def test_full_verification_finds_what_a_quick_look_cannot(tmp_path, rgb_npz):
-    shutil.copytree(rgb_npz.directory, tmp_path, dirs_exist_ok=True)
+def test_a_receipt_is_of_one_machine(rgb_npz, tmp_path, monkeypatch):
+    """With a home that machines share, the same path may be another file elsewhere."""
+    read = []
+    monkeypatch.setattr("pipeline.data.sidecar.file_sha256", lambda p: read.append(p) or file_sha256(p))
+    for source in (rgb_npz.path("train"), sidecar_path(rgb_npz.path("train"))):
+        shutil.copy(source, tmp_path)
+    for machine in ("one", "two", "one", "two"):
+        monkeypatch.setattr(os, "uname", lambda name=machine: SimpleNamespace(nodename=name))
+        check_file(tmp_path / "train.npz", read_sidecar(tmp_path / "train.npz"))
+    assert len(read) == 2
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Files with bytes between the sampled blocks."""
+    place = tmp_path_factory.mktemp("large")
+    config = DataConfig(dataset="npz", path=str(write_npz(place / "large.npz", size=64)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.data.build.ffcv_installed", lambda: False)
+        with pytest.warns(FfcvMissingWarning):
+            return prepare(config, place / "out", seed=0)
+
+
+def alter_between_samples(path):
+    offsets = list(_offsets(path.stat().st_size, _NUM_BLOCKS))
+    assert offsets[30] + 2 * _BLOCK < offsets[31]
+    alter(path, offsets[30] + _BLOCK + 100)
+
+
+def test_a_byte_that_no_sample_covers_is_found_the_first_time(large, tmp_path):
+    shutil.copytree(large.directory, tmp_path, dirs_exist_ok=True)
+    alter_between_samples(tmp_path / "train.npz")
+    with pytest.raises(DataError, match="its sha256 is not the one in its sidecar"):
+        open_split(PreparedData.load(tmp_path), "train", batch_size=5)
+
+
+def test_a_byte_that_no_sample_covers_is_found_when_the_time_stamp_changed(large, tmp_path):
+    shutil.copytree(large.directory, tmp_path, dirs_exist_ok=True)
+    prepared = PreparedData.load(tmp_path)
+    open_split(prepared, "train", batch_size=5).close()
+    alter_between_samples(tmp_path / "train.npz")
+    os.utime(tmp_path / "train.npz")
+    with pytest.raises(DataError, match="its sha256 is not the one in its sidecar"):
+        open_split(prepared, "train", batch_size=5)
+
+
+def test_full_verification_finds_what_a_quick_look_cannot(large, tmp_path):
+    shutil.copytree(large.directory, tmp_path, dirs_exist_ok=True)
     prepared = PreparedData.load(tmp_path)
     prepared.verify()
-    alter(prepared.path("val"))
-    with pytest.raises(DataError, match="altered"):
+    alter_between_samples(prepared.path("train"))  # size and time stamp as before
+    prepared.check("train")
+    with pytest.raises(DataError, match="its sha256 is not the recorded one"):
         prepared.verify()
 
 

@@ -1,12 +1,14 @@
 """Images as people have them: every mode, damage, folders, torchvision's data sets."""
 
+import os
+
 import numpy as np
 import pytest
 from data_sets import picture, write_folder
 from PIL import Image
 
 from pipeline.config.data import DataConfig
-from pipeline.data import DataError, prepare
+from pipeline.data import DataError, build, identity, prepare
 from pipeline.data.folder import folder_source
 from pipeline.data.samples import fit, shrink, to_channels
 from pipeline.data.sidecar import read_sidecar
@@ -129,11 +131,15 @@ def test_a_class_of_bad_images_only_is_an_empty_class(raw, tmp_path):
 
 def test_group_pattern_keeps_groups_together(raw, tmp_path):
     root = write_folder(tmp_path / "images", images=12)
-    config = DataConfig(
-        dataset="folder", path=str(root), image_size=8, group_pattern=r"(class\d/\d)\d", val_fraction=0.3
-    )
+    config = DataConfig(dataset="folder", path=str(root), group_pattern=r"(class\d/\d)\d")
     source = folder_source(config)
     assert source.splits["train"].groups.tolist() == [0] * 10 + [1] * 2 + [2] * 10 + [3] * 2
+    threes = config.model_copy(update={"group_pattern": r"(\d)\.jpg", "val_fraction": 0.3, "test_fraction": 0.3})
+    source = folder_source(threes)  # 00 and 10 of both classes are one group, 01 and 11 another, 02 to 09 their own
+    chosen, _ = select(source, threes, seed=0)
+    parts = [set(source.splits["train"].groups[part.indices].tolist()) for part in chosen.values()]
+    assert all(parts)
+    assert sorted(group for part in parts for group in part) == list(range(10))
     wrong = config.model_copy(update={"group_pattern": "(nothing)"})
     with pytest.raises(DataError, match=r"does not match 'class0/00\.jpg'"):
         folder_source(wrong)
@@ -159,6 +165,31 @@ def test_a_class_that_training_lacks_is_named(tmp_path):
     write_folder(tmp_path / "test", classes=3)
     with pytest.raises(DataError, match="classes class2 are not in the training folder"):
         open_source(DataConfig(dataset="folder", path=str(tmp_path)))
+
+
+def test_an_image_replaced_by_one_of_the_same_length_makes_other_data(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for number in range(3):
+            picture(number, 20, 20).save(tmp_path / label / f"{number}.bmp")
+    config = DataConfig(dataset="folder", path=str(tmp_path))
+    path, before = tmp_path / "b" / "1.bmp", identity(config)
+    stat = path.stat()
+    os.utime(path)
+    assert identity(config) == before
+    picture(9, 20, 20).save(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    assert identity(config) != before
+
+
+def test_of_a_large_folder_a_share_of_the_files_is_looked_into(tmp_path, monkeypatch):
+    root, looked = write_folder(tmp_path / "images", images=10), []
+    monkeypatch.setattr(build, "_NUM_GLIMPSED", 7)
+    monkeypatch.setattr(build, "sampled_digest", lambda path, _: looked.append(path) or "")
+    identity(DataConfig(dataset="folder", path=str(root)))
+    assert len(looked) == 7
+    assert {path.parent.name for path in looked} == {"class0", "class1"}
 
 
 def test_jpeg_storage_keeps_shapes_up_to_max_side(photos):

@@ -27,6 +27,42 @@ def test_every_sample_once_and_equally_many_batches_on_every_rank(num_samples, b
     assert [sum(map(len, rank)) for rank in batches] == [order.samples_per_epoch for order in ranks]
 
 
+@given(
+    num_samples=st.integers(1, 120),
+    batch_size=st.integers(2, 40),
+    before=st.integers(1, 6),
+    after=st.integers(1, 6),
+)
+def test_another_number_of_ranks_takes_up_an_epoch_and_sees_every_other_sample_once(
+    num_samples, batch_size, before, after
+):
+    """Of a joint batch, which need not divide; wherever the epoch may be left."""
+    most = max(before, after)
+    if num_samples < most or batch_size < 2 * most:
+        return
+
+    def batches(world_size):
+        ranks = [Order(num_samples, batch_size, 5, True, rank, world_size, joint=True) for rank in range(world_size)]
+        return ranks[0], [np.concatenate(shares) for shares in zip(*(r.batches(1) for r in ranks), strict=True)]
+
+    (order, first), (other, second) = batches(before), batches(after)
+    assert len(first) == len(second)
+    places = [place for place in range(len(first) + 1) if order.may_pause(place)]
+    assert places == [place for place in range(len(first) + 1) if other.may_pause(place)]
+    assert len(places) >= len(first)
+    for place in places:
+        assert sorted(np.concatenate([*first[:place], *second[place:]])) == list(range(num_samples))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+def test_ranks_share_a_joint_batch_to_one_sample_evenly(world_size):
+    ranks = [Order(100, 20, 0, True, rank, world_size, joint=True).batches(0) for rank in range(world_size)]
+    for shares in zip(*ranks, strict=True):
+        sizes = [len(share) for share in shares]
+        assert sum(sizes) == 20
+        assert max(sizes) - min(sizes) <= 1
+
+
 @given(num_samples=st.integers(8, 100), batch_size=st.integers(1, 4), world_size=st.integers(1, 2))
 def test_drop_last_keeps_full_batches_only(num_samples, batch_size, world_size):
     batches = Order(num_samples, batch_size, 0, True, 0, world_size, drop_last=True).batches(0)
@@ -71,6 +107,7 @@ def test_generators_differ_between_ranks_epochs_and_batches():
         ({"num_samples": 5, "batch_size": 0}, "batch_size expected at least 1, got 0"),
         ({"num_samples": 5, "batch_size": 2, "rank": 2, "world_size": 2}, "rank expected from 0 to"),
         ({"num_samples": 1, "batch_size": 2, "world_size": 2}, "use fewer ranks"),
+        ({"num_samples": 9, "batch_size": 5, "world_size": 3, "joint": True}, "at least 2 samples for each of 3 ranks"),
     ],
 )
 def test_an_order_that_cannot_be_is_refused(arguments, message):

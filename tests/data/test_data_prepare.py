@@ -1,18 +1,22 @@
 """prepare: once, whole, verified, and nothing written over what was there."""
 
+import json
 import os
 import shutil
+import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from data_sets import needs_ffcv, write_npz
+from data_sets import needs_ffcv, write_folder, write_npz
 
 from pipeline.config.data import DataConfig, SplitLimits
 from pipeline.data import DataError, FfcvMissingWarning, PreparedData, build, open_split, prepare
+from pipeline.data.npz import npz_source
 from pipeline.data.sidecar import read_sidecar
 
 pytestmark = pytest.mark.filterwarnings("ignore::pipeline.data.errors.FfcvMissingWarning")
@@ -63,17 +67,62 @@ def test_without_ffcv_what_needs_it_is_refused(without_ffcv, tmp_path, settings)
         prepare(DataConfig(**settings), tmp_path, seed=0)
 
 
-def test_ffcv_that_does_not_import_is_told_and_replaced(monkeypatch, tmp_path):
-    broken = tmp_path / "broken"
-    (broken / "ffcv").mkdir(parents=True)
-    (broken / "ffcv" / "__init__.py").write_text("raise ImportError('libopencv_core.so.406: cannot open')")
-    monkeypatch.syspath_prepend(str(broken))
-    monkeypatch.setattr(build, "ffcv_installed", lambda: True)
-    with pytest.warns(FfcvMissingWarning, match="libopencv_core"):
+@pytest.fixture
+def break_ffcv(monkeypatch, tmp_path):
+    """Put an FFCV in front of the real one that raises when it is imported, here and in the writer's process."""
+
+    def put(raised):
+        (tmp_path / "broken" / "ffcv").mkdir(parents=True)
+        (tmp_path / "broken" / "ffcv" / "__init__.py").write_text(f"raise {raised}")
+        monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+        for name in [n for n in sys.modules if n.partition(".")[0] == "ffcv" or n == "pipeline.data.beton"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr("pipeline.data.beton", raising=False)
+        monkeypatch.setattr(build, "ffcv_installed", lambda: True)
+
+    return put
+
+
+@pytest.mark.parametrize("raised", ["ImportError('libopencv_core.so.406: gone')", "SystemError('another numpy')"])
+def test_ffcv_that_does_not_import_is_told_and_replaced(break_ffcv, tmp_path, raised):
+    break_ffcv(raised)
+    with pytest.warns(FfcvMissingWarning, match=raised.partition("(")[0]):
         prepared = prepare(DataConfig(limit=SplitLimits(train=20, val=10, test=10)), tmp_path / "out", seed=0)
     assert prepared.splits["train"].file == "train.npz"
     again = prepare(DataConfig(limit=SplitLimits(train=20, val=10, test=10)), tmp_path / "out", seed=0)
     assert again == prepared
+
+
+@needs_ffcv
+def test_a_beton_that_can_no_longer_be_read_is_replaced(rgb, rgb_config, break_ffcv, tmp_path):
+    shutil.copytree(rgb.directory, tmp_path / "out")
+    break_ffcv("AttributeError('numba')")
+    with pytest.raises(DataError, match=r"does not import here \(AttributeError: numba\)"):
+        open_split(PreparedData.load(tmp_path / "out"), "train", batch_size=5)
+    prepared = prepare(rgb_config, tmp_path / "out", seed=0)
+    assert {split.file for split in prepared.splits.values()} == {"train.npz", "val.npz", "test.npz"}
+    assert prepared.digest == rgb.digest
+    assert len(everything(prepared, "train")[1]) == rgb.splits["train"].count
+
+
+@needs_ffcv
+def test_large_photographs_are_prepared_anew_for_the_loader_that_asks(tmp_path):
+    root = write_folder(tmp_path / "images", images=6)
+    config = DataConfig(dataset="folder", path=str(root), image_size=72, timeout=120)
+    in_memory = config.model_copy(update={"loader": "memory"})
+    for wanted, storage in ((config, "jpeg"), (in_memory, "raw"), (config, "jpeg")):
+        prepared = prepare(wanted, tmp_path / "out", seed=0)
+        assert prepared.storage == storage
+        assert everything(prepared, "train")[0].shape[1:] == (3, 72, 72)
+    before = (tmp_path / "out" / "train.beton").stat().st_mtime_ns
+    assert prepare(config, tmp_path / "out", seed=0) == prepared
+    assert (tmp_path / "out" / "train.beton").stat().st_mtime_ns == before
+
+
+def test_the_time_limit_holds_without_ffcv(without_ffcv, tmp_path):
+    with pytest.raises(DataError, match=r"took longer than data\.timeout"):
+        prepare(DataConfig(timeout=1e-6), tmp_path, seed=0)
+    assert not list(tmp_path.glob(".building-*"))
 
 
 def test_preparing_again_changes_nothing(rgb_npz, rgb_config, without_ffcv):
@@ -132,22 +181,43 @@ def test_groups_of_the_source_never_straddle(without_ffcv, tmp_path):
     assert not train & val
 
 
-def test_two_at_once_prepare_once(monkeypatch, without_ffcv, tmp_path):
-    built, results = [], []
-    real = build._build
+PREPARE = """
+import json, sys, time, warnings
+from pathlib import Path
+from pipeline.config.data import DataConfig
+from pipeline.data import build, prepare
+warnings.simplefilter("ignore")
+build.ffcv_installed = lambda: False
+place, name = Path(sys.argv[1]), sys.argv[2]
+real = build._build
+def slowly(*arguments):
+    (place / f"{name}.built").touch()
+    time.sleep(1)
+    real(*arguments)
+build._build = slowly
+(place / f"{name}.ready").touch()
+while not (place / "go").exists():
+    time.sleep(0.01)
+print(json.dumps(prepare(DataConfig(), place / "out", seed=0).model_dump(mode="json")))
+"""
 
-    def counted(*arguments):
-        built.append(1)
-        real(*arguments)
 
-    monkeypatch.setattr(build, "_build", counted)
-    threads = [threading.Thread(target=lambda: results.append(prepare(DataConfig(), tmp_path, seed=0))) for _ in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1
-    assert results[0] == results[1]
+def test_two_processes_at_once_prepare_once(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARE, str(tmp_path), name], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for name in "ab"
+    ]
+    while len(list(tmp_path.glob("*.ready"))) < 2:
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    printed = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert len(list(tmp_path.glob("*.built"))) == 1
+    assert json.loads(printed[0]) == json.loads(printed[1])
 
 
 def test_what_a_killed_run_left_behind_is_cleared_away(without_ffcv, tmp_path):
@@ -222,6 +292,20 @@ def test_a_missing_file_names_the_places_looked_at(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARTA_DATA", str(tmp_path))
     with pytest.raises(DataError, match=f"no such file or folder; looked at .*{tmp_path}.*SPARTA_DATA"):
         prepare(DataConfig(dataset="npz", path="nowhere.npz"), tmp_path / "out", seed=0)
+
+
+def test_an_npz_larger_than_memory_is_read_with_little(tmp_path):
+    """123 MB here; what is mapped of it is given back on the way."""
+    images, labels = np.ones((40_000, 32, 32, 3), np.uint8), np.arange(40_000) % 2
+    path = write_npz(tmp_path / "x.npz", train_images=images, train_labels=labels, size=32, classes=2)
+    del images
+    train = npz_source(DataConfig(dataset="npz", path=str(path))).splits["train"].images
+    before, peak = psutil.Process().memory_info().rss, 0
+    for index in range(len(train)):
+        assert train[index][0, 0, 0] == 1
+        if index % 500 == 0:
+            peak = max(peak, psutil.Process().memory_info().rss)
+    assert peak - before < 60e6
 
 
 def test_a_relative_path_is_found_in_sparta_data(monkeypatch, without_ffcv, tmp_path):

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.config.data import DataConfig, SplitLimits
+from pipeline.data import DataError
 from pipeline.data.sources import Source, SourceSplit
 from pipeline.data.splits import select
 
@@ -39,16 +40,27 @@ def test_held_out_splits_are_disjoint_complete_and_stratified(counts, val_fracti
     assert (np.abs(held - test_fraction * np.array(counts)) <= 1).all()
 
 
-@given(sizes=st.lists(st.integers(1, 6), min_size=6, max_size=40), seed=st.integers(0, 5))
-def test_groups_never_straddle(sizes, seed):
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=8, max_size=40),
+    classes=st.integers(2, 3),
+    spanning=st.booleans(),
+    own_test=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_groups_never_straddle(sizes, classes, spanning, own_test, seed):
+    """Neither where the test split is held out too, nor where a group holds images of several classes."""
     groups = np.repeat(np.arange(len(sizes)), sizes)
-    labels = groups % 2
-    chosen, _ = select(source(labels, groups=groups, test=[0, 1]), DataConfig(val_fraction=0.3), seed)
-    train, val = (set(groups[chosen[s].indices]) for s in ("train", "val"))
-    assert train
-    assert val
-    assert not train & val
-    assert len(chosen["train"].indices) + len(chosen["val"].indices) == len(labels)
+    labels = (np.arange(len(groups)) if spanning else groups) % classes
+    made = source(labels, groups=groups, test=range(classes) if own_test else None, classes=classes)
+    try:
+        chosen, _ = select(made, DataConfig(val_fraction=0.3, test_fraction=0.3), seed)
+    except DataError:  # what is left for training lacks a class
+        assume(False)
+    held = SPLITS[:2] if own_test else SPLITS
+    parts = [set(groups[chosen[s].indices].tolist()) for s in held]
+    assert all(parts)
+    assert sorted(group for part in parts for group in part) == list(range(len(sizes)))
+    assert sum(len(chosen[s].indices) for s in held) == len(labels)
 
 
 def test_the_sources_own_test_split_is_kept_whole():

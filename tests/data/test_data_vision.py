@@ -6,7 +6,9 @@ The readers compare the files with published MD5 digests; here those are replace
 import hashlib
 import pickle
 import struct
+import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from pipeline.config.data import DataConfig
-from pipeline.data import DataError, prepare
+from pipeline.data import DataError, prepare, vision
 from pipeline.data.sources import Source, open_source
 
 DRAWS = np.random.default_rng(0)
@@ -191,6 +193,26 @@ def test_offline_says_where_the_files_belong(monkeypatch, tmp_path, dataset):
     monkeypatch.setattr("urllib.request.urlopen", offline)
     with pytest.raises(DataError, match=f"dataset={dataset}: not in .*no route to host.* Put .* into .*{tmp_path}"):
         open_source(DataConfig(dataset=dataset, root=tmp_path))
+
+
+def test_two_at_once_download_once(tmp_path):
+    """Torchvision would write the same files twice at the same time."""
+    downloads = []
+
+    def factory(*, train, root, download):
+        if download:
+            downloads.append(1)
+            time.sleep(0.3)
+            (root / "files").touch()
+        if not (root / "files").exists():
+            raise RuntimeError("Dataset not found")
+        return train
+
+    config = DataConfig(dataset="mnist", root=tmp_path / "root")
+    with ThreadPoolExecutor(2) as pool:  # each opens the lock's file for itself, as processes do
+        opened = [pool.submit(vision._opened, factory, config, True) for _ in range(2)]
+    assert [done.result() for done in opened] == [True, True]
+    assert len(downloads) == 1
 
 
 def test_gtsrb_tracks_are_groups(tmp_path):

@@ -3,7 +3,10 @@
 import hashlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from pipeline.training.files import DamagedFilesError, sha256_of
 from pipeline.training.progress import Progress
 from sparta_models import ActivationBank
 from sparta_models.files import _seal
+from tests.data.data_sets import needs_ffcv, write_folder, write_npz
 from tests.fuzz.bad_inputs import JUNK, all_refused, damaged, spoilt
 
 META = ModelMeta(
@@ -88,6 +92,25 @@ def test_records_of_prepared_data_are_refused(prepared: Path) -> None:
 
     use = rewriting(prepared / "prepared.json", read)
     all_refused(records(prepared / "prepared.json"), use, DataError, count=150, unchanged=prepared)
+
+
+@needs_ffcv
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raw", "grey", "jpeg"])
+def test_beton_files_with_sidecars_that_vouch_for_them_are_refused(kind: str, tmp_path: Path, cached: None) -> None:
+    """Their indices lead out of the file, or out of an image: no signal ends the process, nothing but DataError."""
+    source = tmp_path / "source.npz"
+    if kind == "jpeg":
+        source = write_folder(tmp_path / "source")
+        config = DataConfig(dataset="folder", path=str(source), image_size=48, storage="jpeg", max_side=100)
+    else:
+        config = DataConfig(dataset="npz", path=str(write_npz(source)), channels=1 if kind == "grey" else 3)
+    folder = prepare(config, tmp_path / "prepared", seed=0).directory
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "tests.fuzz.beton_cases", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
+    assert int(done.stdout) >= 60
 
 
 def npz(arrays: dict[str, Any]) -> bytes:
