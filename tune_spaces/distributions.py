@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ class Integer:
     log: bool = False
 
     def __post_init__(self) -> None:
+        if any(isinstance(end, bool) or not isinstance(end, int) for end in (self.low, self.high)):
+            raise ValueError(f"a range of integers expected whole numbers, got {self.low!r} and {self.high!r}")
         _check_range(self.low, self.high, self.log)
 
     def sample(self, rng: random.Random) -> int:
@@ -115,11 +117,22 @@ class Relative:
 
 @dataclass(frozen=True)
 class When:
-    """A parameter that exists only while another one, earlier in the space, has one of the given values."""
+    """A parameter that exists only while another one, earlier in the space, has one of the given values.
+
+    The other one may itself depend on a third, but what is in `then` may not: a condition holds a distribution.
+    """
 
     key: str
     values: tuple[Value, ...]
     then: "Uniform | Integer | Choice | Relative"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, tuple) or not self.values:  # "trades" would hold for every part of the word
+            raise ValueError(f"a condition on {self.key!r} expected a tuple of values, got {self.values!r}")
+        if not isinstance(self.then, Uniform | Integer | Choice | Relative):
+            raise ValueError(
+                f"a condition on {self.key!r} expected a Uniform, Integer, Choice or Relative, got {self.then!r}"
+            )
 
     def holds(self, chosen: Mapping[str, Value]) -> bool:
         """Whether the parameter exists beside the values chosen so far."""
@@ -180,17 +193,25 @@ def draw(space: Space, rng: random.Random) -> dict[str, Value]:
     return chosen
 
 
-def grid(space: Space, points: int) -> list[dict[str, Value]]:
-    """Every combination, `points` values along each range; a parameter that does not exist multiplies nothing."""
-    combinations: list[dict[str, Value]] = [{}]
-    for key, rule in space.items():
-        combinations = [extended for chosen in combinations for extended in _extend(chosen, key, rule, points)]
-    return combinations
+def grid(space: Space, points: int) -> Iterator[dict[str, Value]]:
+    """Every combination, `points` values along each range; a parameter that does not exist multiplies nothing.
+
+    One at a time, the last key fastest: all together may be more than fit into memory.
+    """
+    return _combinations(list(space.items()), {}, points)
 
 
-def _extend(chosen: dict[str, Value], key: str, rule: Rule, points: int) -> list[dict[str, Value]]:
+def _combinations(
+    rules: Sequence[tuple[str, Rule]], chosen: dict[str, Value], points: int
+) -> Iterator[dict[str, Value]]:
+    if not rules:
+        yield chosen
+        return
+    (key, rule), rest = rules[0], rules[1:]
     distribution = active(rule, chosen)
-    return [chosen] if distribution is None else [{**chosen, key: value} for value in distribution.grid(points)]
+    extended = [chosen] if distribution is None else [{**chosen, key: value} for value in distribution.grid(points)]
+    for combination in extended:
+        yield from _combinations(rest, combination, points)
 
 
 def _check_range(low: Any, high: Any, log: bool) -> None:

@@ -9,6 +9,7 @@ training.method.attack.step_size: {log_uniform: [0.1, 1], relative_to: evaluatio
 """
 
 import importlib
+import re
 import runpy
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -32,7 +33,11 @@ def load_space(source: str) -> Space:
         return space
     path = Path(source)
     readers: dict[str, Callable[[Path], Any]] = {".py": _read_python, ".yaml": _read_yaml, ".yml": _read_yaml}
-    if path.suffix not in readers or not path.is_file():
+    try:
+        found = path.suffix in readers and path.is_file()
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise ValueError(f"search space {source} cannot be read: {error}") from error
+    if not found:
         raise ValueError(
             f"expected a search space ({', '.join(SPACES)}) or the path of a .py or .yaml file with one, got {source!r}"
         )
@@ -42,8 +47,9 @@ def load_space(source: str) -> Space:
 def _read_python(path: Path) -> Any:
     try:
         content = runpy.run_path(str(path))
-    except Exception as error:
-        raise ValueError(f"search space {path} does not run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"search space {path} does not run: {what}") from error
     if "SPACE" not in content:
         raise ValueError(f"expected SPACE = {{...}} in {path}, got none; see tune_spaces/attack.py for one")
     return content["SPACE"]
@@ -53,12 +59,29 @@ def _read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise ValueError(f"search space {path} cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not all are the parser's: 2001-99-99, not UTF-8
         raise ValueError(f"search space {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a mapping of configuration keys in {path}, got {type(content).__name__}")
     return {str(key): _parse(entry, f"{path}: {key}") for key, entry in content.items()}
+
+
+def _yaml_loader() -> Any:
+    """As the configuration is read: `true` and `false` alone are booleans, `off` is a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's booleans."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+    return Loader
 
 
 _EXTRAS = {"when", "relative_to"}
@@ -68,8 +91,8 @@ def _parse(entry: Any, where: str) -> Rule:
     kinds: dict[str, Callable[..., Distribution]] = {
         "uniform": lambda low, high: Uniform(_number(low), _number(high)),
         "log_uniform": lambda low, high: Uniform(_number(low), _number(high), log=True),
-        "integer": lambda low, high: Integer(int(low), int(high)),
-        "log_integer": lambda low, high: Integer(int(low), int(high), log=True),
+        "integer": Integer,
+        "log_integer": lambda low, high: Integer(low, high, log=True),
         "choice": Choice,
     }
     names = set(entry) - _EXTRAS if isinstance(entry, Mapping) else set()
@@ -80,7 +103,7 @@ def _parse(entry: Any, where: str) -> Rule:
     (name,) = names
     try:
         distribution = kinds[name](*entry[name])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: {name} cannot be made of {entry[name]}: {error}") from error
     rule = _relative(distribution, entry["relative_to"], where) if "relative_to" in entry else distribution
     return _conditional(rule, entry["when"], where) if "when" in entry else rule
@@ -96,7 +119,10 @@ def _conditional(distribution: Distribution | Relative, when: Any, where: str) -
     if not isinstance(when, Mapping) or len(when) != 1:
         raise ValueError(f"{where}: expected one condition, as when: {{training.method.kind: trades}}, got {when!r}")
     ((key, value),) = when.items()
-    return When(str(key), tuple(value) if isinstance(value, list) else (value,), distribution)
+    try:
+        return When(str(key), tuple(value) if isinstance(value, list) else (value,), distribution)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _number(value: Any) -> float:
@@ -106,11 +132,21 @@ def _number(value: Any) -> float:
 def _checked(space: Any, path: Path) -> Space:
     if not isinstance(space, Mapping) or not space:
         raise ValueError(f"expected a search space with at least one key in {path}, got {space!r}")
-    seen: set[str] = set()
+    seen: dict[str, Rule] = {}
     for key, rule in space.items():
         if not isinstance(key, str) or not isinstance(rule, Rule):
             raise ValueError(f"{path}: {key}: expected a Uniform, Integer, Choice, Relative or When, got {rule!r}")
         if isinstance(rule, When) and rule.key not in seen:
             raise ValueError(f"{path}: {key} depends on {rule.key!r}, which is not above it; put that key first")
-        seen.add(key)
+        if isinstance(rule, When) and (never := [value for value in rule.values if not _takes(seen[rule.key], value)]):
+            raise ValueError(f"{path}: {key} depends on {rule.key}={never[0]!r}, a value that is never chosen there")
+        seen[key] = rule
     return space
+
+
+def _takes(rule: Rule, value: Any) -> bool:
+    """Whether a parameter can come to have this value, other than by a chance of zero."""
+    distribution = rule.then if isinstance(rule, When) else rule
+    if isinstance(distribution, Integer):
+        return isinstance(value, int) and distribution.low <= value <= distribution.high
+    return isinstance(distribution, Choice) and value in distribution.options

@@ -71,6 +71,16 @@ class ChainConfig(Section):
     """What the report shows."""
 
     @model_validator(mode="after")
+    def _grace_within_a_trial(self) -> Self:
+        name, epochs = ("search", self.search.epochs) if self.search.epochs else ("training", self.training.epochs)
+        if self.search.enabled and self.search.scheduler != "none" and self.search.grace_epochs > epochs:
+            raise ValueError(
+                f"search.grace_epochs={self.search.grace_epochs} is above {name}.epochs={epochs}, the length of a "
+                "trial; lower the first"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _unique_targets(self) -> Self:
         names = [target.name for target in self.transfer]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -32,7 +32,7 @@ class SearchConfig(Section):
     epochs: PositiveInt | None = None
     """Epochs of one trial. None: training.epochs."""
     grace_epochs: PositiveInt = 1
-    """asha stops no trial before so many epochs; pbt perturbs every so many epochs."""
+    """asha stops no trial before so many epochs; pbt changes weak ones every so many, but not after the last."""
     reduction_factor: Annotated[int, Field(ge=2, le=16)] = 3
     """asha keeps the best 1 / so many at every rung."""
     num_workers: PositiveInt = 1
@@ -58,9 +58,5 @@ class SearchConfig(Section):
             raise ValueError(
                 f"search.scheduler='pbt' changes values while it runs, which search.algorithm={self.algorithm!r} "
                 "cannot follow; set search.algorithm=random"
-            )
-        if self.epochs is not None and self.grace_epochs > self.epochs:
-            raise ValueError(
-                f"search.grace_epochs={self.grace_epochs} is above search.epochs={self.epochs}; lower the first"
             )
         return self

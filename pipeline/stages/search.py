@@ -50,17 +50,19 @@ def search_node(task: SearchTask) -> Node[SearchTask]:
     for how in ("enabled", "max_concurrent"):
         del sections["search"][how]
     sections["search"]["space"] = {key: repr(rule) for key, rule in checked_space(task.config).items()}
-    return Node("search", "best", task, sections, run_search, (task.data,), trains=True)
+    # 2: as version 2 of training.
+    return Node("search", "best", task, sections, run_search, (task.data,), version=2, trains=True)
 
 
 def _search(context: StageContext[SearchTask]) -> StageResult:
     _take_over(context.directory)
-    found = search(
-        context.task.config,
-        data=workers_data(context, context.task.data)[1],
-        output=context.directory,
-        on_trial=TrialRuns(context.services.chain_run, context.directory),
-    )
+    with TrialRuns(context.services.chain_run, context.directory) as runs:
+        found = search(
+            context.task.config,
+            data=workers_data(context, context.task.data)[1],
+            output=context.directory,
+            on_trial=runs,
+        )
     for name in found.files:
         context.run.artifact(context.directory / name)
     payload = TunedConfig(overrides=found.overrides, trials=_trials(found))
@@ -95,14 +97,14 @@ def _trials(found: SearchResult) -> tuple[Trial, ...]:
     """The trials that came to a result, as the report shows them."""
     return tuple(
         Trial(
-            name=f"trial {trial.number}",
+            name=f"trial {trial.number + 1}",
             clean=trial.best.clean,
             robust=trial.best.robust,
-            settings=trial.values,
+            settings={key: "null" if value is None else value for key, value in trial.values.items()},
             best=trial.number == found.best.number,
         )
         for trial in found.trials
-        if trial.best is not None
+        if trial.ranked and trial.best is not None
     )
 
 

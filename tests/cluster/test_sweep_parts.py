@@ -1,4 +1,4 @@
-"""The parts of a sweep that need no Ray: samplers, records, the board, the space against the configuration, results."""
+"""The parts of a sweep that need no Ray: the space against the configuration, samplers, results, the table."""
 
 import csv
 import io
@@ -6,33 +6,24 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sweep_records import EPS, KIND, LR, make_trial
 
-from pipeline.cluster.outcome import failed
-from pipeline.cluster.sweep import Trial, load_trials, pareto_front
-from pipeline.cluster.sweep.board import Board
+from pipeline.cluster.sweep import pareto_front
 from pipeline.cluster.sweep.plots import importance
 from pipeline.cluster.sweep.results import write_results
-from pipeline.cluster.sweep.samplers import ListSampler, make_sampler
-from pipeline.cluster.sweep.search import _known_trials, checked_space
+from pipeline.cluster.sweep.samplers import make_sampler
+from pipeline.cluster.sweep.search import checked_space
 from pipeline.cluster.sweep.space import check_space, judged, overrides, trial_config
 from pipeline.cluster.sweep.table import Table, short_names
-from pipeline.cluster.sweep.trials import Leg, Point, save_trial
-from pipeline.cluster.sweep.tuning import _clipped, mutable_keys
+from pipeline.cluster.sweep.trials import Leg
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, overlay, validate
 from pipeline.config.search import SearchConfig
 from pipeline.stages.graph import head, tail
 from tune_spaces import SPACES, Choice, Integer, Uniform, When
 
-LR, EPS, KIND = "training.optimizer.lr", "training.threat.eps", "training.method.kind"
 SPACE = {LR: Uniform(0.01, 1.0, log=True), "training.eps_warmup_epochs": Choice(0.0, 1.0)}
 BASE = ChainConfig()
-
-
-def make_trial(number: int, *, robust=(0.1,), clean: float = 0.5, state="done", **values) -> Trial:
-    history = tuple(Point(epoch=i + 1, robust=r, clean=clean) for i, r in enumerate(robust))
-    legs = (Leg(epoch=0, values=values or {LR: 0.1 + number}),)
-    return Trial(number=number, identity=f"{number:08d}", legs=legs, state=state, history=history)
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -55,6 +46,7 @@ def test_the_attack_space_follows_the_preset_from_photographs_to_digits():
         ({"evaluation.threat.eps": Uniform(0.1, 0.2)}, "cannot be searched"),
         ({"data.val_fraction": Uniform(0.1, 0.2)}, "cannot be searched"),
         ({KIND: Choice("pgd_at", "mart"), "training.method.step_factor": Uniform(1.0, 2.0)}, "step_factor"),
+        ({"training.epochs": Integer(1, 9)}, "set search.epochs"),
     ],
 )
 def test_a_space_that_does_not_fit_is_refused_and_the_parameter_named(space, message):
@@ -71,6 +63,23 @@ def test_a_conditional_parameter_is_tried_where_its_condition_holds():
             {KIND: Choice("pgd_at", "trades"), "training.method.beta": When(KIND, ("trades",), Uniform(-1.0, 9.0))},
             BASE,
         )
+
+
+@pytest.mark.parametrize("other", ["trades", "mart"])
+def test_a_conditional_parameter_is_tried_under_every_value_that_it_depends_on(other):
+    smoothing, steps, kinds = "training.label_smoothing", "training.method.attack.steps", ("pgd_at", other)
+    space = {KIND: Choice(*kinds), smoothing: When(KIND, kinds, Choice(0.0, 0.1))}
+    deep = {
+        KIND: Choice(*kinds),
+        steps: When(KIND, kinds, Integer(1, 2)),
+        smoothing: When(steps, (1, 2), Choice(0.0, 0.1)),
+    }
+    for tried in (space, deep):
+        if other == "trades":
+            check_space(tried, BASE)
+        else:
+            with pytest.raises(ConfigError, match=r"label_smoothing=0\.1: .*mart"):
+                check_space(tried, BASE)
 
 
 def test_another_kind_brings_its_own_defaults_and_the_same_kind_keeps_the_settings():
@@ -113,6 +122,26 @@ def test_a_sampler_that_continues_a_sweep_proposes_no_known_point(algorithm):
     assert seen | set(rest) == set(range(1, 7))
 
 
+def test_a_long_random_sweep_goes_on_behind_the_points_of_the_run_before():
+    space, config = {"x": Uniform(0.0, 1.0)}, SearchConfig(algorithm="random")
+    sampler = make_sampler(space, config, seed=0)
+    known = [make_trial(n, **sampler.ask()) for n in range(300)]
+    assert make_sampler(space, config, seed=0, known=known).ask() == sampler.ask()
+
+
+def test_a_trial_that_changed_on_its_way_is_known_by_the_point_it_began_with():
+    changed = make_trial(0, x=1).with_values({"x": 2})
+    sampler = make_sampler({"x": Integer(1, 2)}, SearchConfig(algorithm="random"), seed=0, known=[changed])
+    assert sampler.ask() == {"x": 2}
+
+
+@pytest.mark.parametrize(("num_trials", "warned"), [(5, True), (6, False)])
+def test_a_grid_that_is_longer_than_the_sweep_is_warned_of(num_trials, warned, caplog):
+    space = {"x": Uniform(0.0, 1.0), "y": Choice("a", "b")}
+    make_sampler(space, SearchConfig(algorithm="grid", num_trials=num_trials), seed=0)
+    assert (f"more than search.num_trials={num_trials} points" in caplog.text) == warned
+
+
 def test_optuna_finds_the_optimum_more_often_than_chance_and_bears_failed_trials():
     sampler = make_sampler({"x": Uniform(0.0, 1.0)}, SearchConfig(), seed=0)
     late = []
@@ -148,109 +177,6 @@ def test_the_pareto_front_is_what_no_other_trial_beats():
     assert [trial.number for trial in pareto_front(trials, ["robust"])] == [1]
 
 
-def test_an_epoch_repeated_after_a_crash_replaces_itself():
-    trial = make_trial(0, robust=(0.1, 0.2)).with_point(Point(epoch=2, robust=0.3, clean=0.5))
-    assert [(point.epoch, point.robust) for point in trial.history] == [(1, 0.1), (2, 0.3)]
-
-
-def make_board(root: Path, known=(), num_trials: int = 3, heard=None) -> Board:
-    return Board(
-        root,
-        "run",
-        sampler=ListSampler([{LR: 0.1}, {LR: 0.2}, {LR: 0.3}], set()),
-        identify=lambda values: f"{int(values[LR] * 10):08d}",
-        num_trials=num_trials,
-        known=known,
-        on_trial=lambda trial: heard.append(trial.state) if heard is not None else None,
-    )
-
-
-def test_the_board_keeps_every_trial_on_disk_and_runs_interrupted_ones_first(tmp_path: Path):
-    board = make_board(tmp_path)
-    first, second = board.next(), board.next()
-    for trial in (first, second):
-        board.started(trial.number, trial.values)
-        board.reported(trial.number, Point(epoch=1, robust=0.2, clean=0.4))
-    board.ended(first.number)
-    known = load_trials(tmp_path)
-    assert [trial.state for trial in known] == ["stopped", "running"]
-
-    again = make_board(tmp_path, known)
-    assert again.num_left == 2
-    assert again.next().number == second.number
-    assert again.next().number == 2
-    assert again.next() is None
-
-
-def test_the_board_records_why_a_trial_failed_and_goes_on(tmp_path: Path):
-    heard: list[str] = []
-    board = make_board(tmp_path, heard=heard)
-    trials = [board.next() for _ in range(3)]
-    for trial in trials:
-        board.started(trial.number, trial.values)
-    failed("run", ArithmeticError("diverged")).save(tmp_path / trials[0].job_directory)
-    board.ended(trials[0].number)
-    board.ended(trials[1].number, error="the process died")
-    board.ended(trials[2].number)
-    records = load_trials(tmp_path)
-    assert [trial.state for trial in records] == ["failed"] * 3
-    assert [trial.error for trial in records] == [
-        "ArithmeticError: diverged",
-        "the process died",
-        "ended without a single epoch",
-    ]
-    assert heard[-1] == "failed"
-
-
-def test_trials_of_other_settings_are_not_taken_for_known_ones(tmp_path: Path):
-    from pipeline.cluster.sweep.search import _identify
-
-    base = overlay(BASE, {"search.enabled": True})
-    trial = Trial(number=0, identity=_identify(base)({LR: 0.2}), legs=(Leg(epoch=0, values={LR: 0.2}),))
-    save_trial(tmp_path, trial)
-    assert _known_trials(tmp_path, base) == [trial]
-    assert _known_trials(tmp_path, overlay(base, {"search.num_trials": 99})) == [trial]
-    assert _known_trials(tmp_path, overlay(base, {"training.batch_size": 32})) == []
-
-
-def asha_decisions(known, reported):
-    from types import SimpleNamespace
-
-    from pipeline.cluster.sweep.asha import asha
-
-    scheduler = asha(SearchConfig(), epochs=9, known=known)
-    assert scheduler.set_search_properties("robust", "max")
-    trial = SimpleNamespace(trial_id="new")
-    scheduler.on_trial_add(None, trial)
-    return [scheduler.on_trial_result(None, trial, {"epoch": e, "robust": r}) for e, r in reported]
-
-
-def test_asha_knows_the_trials_of_the_run_before_and_stops_none_at_its_last_epoch():
-    pytest.importorskip("ray")
-    known = [make_trial(n, robust=(0.5,) * 9) for n in range(3)]
-    assert asha_decisions((), [(1, 0.1)]) == ["CONTINUE"]  # the first at its rung
-    assert asha_decisions(known, [(1, 0.1)]) == ["STOP"]
-    assert asha_decisions(known, [(1, 0.9), (2, 0.1), (3, 0.1)]) == ["CONTINUE", "CONTINUE", "STOP"]
-    assert asha_decisions(known, [(9, 0.1)]) == ["CONTINUE"]  # a rung, and the end
-
-
-def test_a_damaged_trial_record_is_passed_over_with_a_warning(tmp_path: Path, caplog):
-    save_trial(tmp_path, make_trial(0))
-    save_trial(tmp_path, make_trial(1))
-    (tmp_path / make_trial(1).directory / "trial.json").write_text("{")
-    assert [trial.number for trial in load_trials(tmp_path)] == [0]
-    assert "cannot be read" in caplog.text
-
-
-def test_population_based_training_changes_settings_of_the_training_only_and_stays_in_range():
-    space = {"model.activation.name": Choice("relu", "silu"), KIND: Choice("pgd_at", "mart"), **SPACE}
-    mutable = mutable_keys(space)
-    assert set(mutable) == set(SPACE)
-    assert _clipped({LR: 7.0, "model.activation.name": "relu"}, mutable) == {LR: 1.0, "model.activation.name": "relu"}
-    with pytest.raises(ConfigError, match="pbt needs an unconditional training"):
-        mutable_keys({KIND: Choice("pgd_at", "mart")})
-
-
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -259,7 +185,8 @@ def test_population_based_training_changes_settings_of_the_training_only_and_sta
         ({"scheduler": "pbt", "algorithm": "random", "num_workers": 2}, "one-worker trials"),
         ({"objectives": ["robust", "clean"]}, "set search.scheduler=none"),
         ({"objectives": []}, "objectives"),
-        ({"grace_epochs": 5, "epochs": 2}, "lower the first"),
+        ({"enabled": True, "grace_epochs": 5, "epochs": 2}, r"above search\.epochs=2.*lower the first"),
+        ({"enabled": True, "grace_epochs": 500}, r"above training\.epochs=\d+.*lower the first"),
         ({"num_trials": 0}, "greater than 0"),
     ],
 )
@@ -294,6 +221,15 @@ def test_results_hold_every_trial_and_the_best_runs_as_a_preset(tmp_path: Path):
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
+def test_the_best_of_a_population_is_written_with_the_way_that_led_to_it(tmp_path: Path):
+    best = make_trial(0, robust=(0.1, 0.2, 0.3), **{EPS: 0.03})
+    best = best.model_copy(update={"legs": (*best.legs, Leg(epoch=2, values={EPS: 0.04}))})
+    base = overlay(BASE, {"search.enabled": True, "search.space": "attack"})
+    write_results(tmp_path, base, [best], [best], judged(base, best.values))
+    assert "#   after epoch 2: training.threat.eps=0.04\n" in (tmp_path / "best.yaml").read_text()
+    assert load_config(str(tmp_path / "best.yaml")).training.threat.eps == 0.04
+
+
 def test_importance_goes_to_the_parameter_that_matters_and_needs_enough_trials():
     import random
 
@@ -309,13 +245,16 @@ def test_importance_goes_to_the_parameter_that_matters_and_needs_enough_trials()
 def test_off_a_terminal_every_epoch_is_a_line_and_on_one_it_is_a_table():
     plain = Console(file=io.StringIO(), force_terminal=False)
     with Table(2, [LR, EPS], console=plain) as table:
-        table.update(make_trial(1, robust=(0.25,), state="running", **{LR: 0.1}))
-    assert " ".join(plain.file.getvalue().split()) == "trial 2/2 running epoch 1 clean 50.0 robust 25.0 lr=0.1"
+        table.update(make_trial(1, robust=(0.25, 0.2), state="running", **{LR: 0.1}))
+    line = " ".join(plain.file.getvalue().split())
+    assert line == "trial 2/2 running epoch 2 clean 50.0 robust 20.0 best 25.0 lr=0.1"
 
     terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with Table(2, [LR, EPS], console=terminal) as table:
+    with Table(3, [LR, EPS], known=[make_trial(0)], console=terminal) as table:
         table.update(make_trial(1, robust=(0.25,), state="running", **{LR: 0.1}))
-    assert "search: 1 of 2 trials" in terminal.file.getvalue()
+    shown = terminal.file.getvalue()
+    assert "search: 2 of 3 trials" in shown
+    assert "done" in shown, "trials of the run before are in the table"
 
 
 def test_short_names_are_as_short_as_they_can_be_told_apart():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tune_spaces import SPACES, Choice, Integer, Relative, Uniform, When, draw, grid, load_space, resolve
+from tune_spaces.loading import _checked
 
 THREAT = {"evaluation": {"threat": {"norm": "linf", "eps": 0.1}}}
 EPS = "evaluation.threat.eps"
@@ -58,7 +59,7 @@ def test_both_ends_of_an_integer_are_drawn():
 
 
 def test_a_grid_holds_every_combination_and_both_ends():
-    points = grid({"a": Uniform(1.0, 100.0, log=True), "b": Integer(1, 3), "c": Choice("x", "y")}, 3)
+    points = list(grid({"a": Uniform(1.0, 100.0, log=True), "b": Integer(1, 3), "c": Choice("x", "y")}, 3))
     assert len(points) == 3 * 3 * 2
     assert sorted({round(point["a"], 9) for point in points}) == [1.0, 10.0, 100.0]
     assert {point["b"] for point in points} == {1, 2, 3}
@@ -66,7 +67,17 @@ def test_a_grid_holds_every_combination_and_both_ends():
 
 def test_a_conditional_parameter_multiplies_a_grid_only_where_it_exists():
     space = {"kind": Choice("p", "t"), "beta": When("kind", ("t",), Uniform(0.0, 1.0))}
-    assert grid(space, 2) == [{"kind": "p"}, {"kind": "t", "beta": 0.0}, {"kind": "t", "beta": 1.0}]
+    assert list(grid(space, 2)) == [{"kind": "p"}, {"kind": "t", "beta": 0.0}, {"kind": "t", "beta": 1.0}]
+
+
+def test_a_grid_is_made_point_by_point_so_that_its_size_does_not_matter():
+    points = grid({f"x{n}": Uniform(0.0, 1.0) for n in range(20)}, 100)
+    assert [next(points)["x19"] for _ in range(2)] == [0.0, 1 / 99]
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_spaces_of_the_project_pass_the_checks_of_a_users_file(name):
+    assert _checked(load_space(name), Path(name)) == load_space(name)
 
 
 def test_a_relative_range_is_scaled_by_the_configuration_also_under_a_condition():
@@ -95,6 +106,12 @@ def test_a_range_relative_to_no_positive_number_is_refused(to):
         (lambda: Integer(3, 2), "low < high"),
         (lambda: Choice("a"), "at least two"),
         (lambda: Choice("a", "a"), "different"),
+        (lambda: Integer(1.9, 3), "whole numbers, got 1.9 and 3"),
+        (lambda: Integer(False, 3), "whole numbers"),
+        (lambda: When("kind", "trades", Integer(1, 2)), "a tuple of values, got 'trades'"),
+        (lambda: When("kind", (), Integer(1, 2)), "a tuple of values"),
+        (lambda: When("kind", ("trades",), 3), "got 3"),
+        (lambda: When("kind", ("trades",), When("a", (1,), Integer(1, 2))), "expected a Uniform, Integer, Choice or"),
     ],
 )
 def test_a_distribution_that_makes_no_sense_is_refused(make, message):
@@ -142,8 +159,17 @@ def test_a_space_reads_the_same_from_yaml_and_from_python(tmp_path: Path):
         ("a.yaml", "{}", "at least one key"),
         ("a.yaml", "b: {uniform: [0, 1], when: {kind: x}}", "not above it"),
         ("a.yaml", "b: {uniform: [0, 1], when: x}", "expected one condition"),
+        ("a.yaml", "a: {choice: [x, y]}\nb: {uniform: [0, 1], when: {a: []}}", "a.yaml: b: .* a tuple of values"),
+        ("a.yaml", "a: {choice: [x, y]}\nb: {uniform: [0, 1], when: {a: [x, z]}}", "b depends on a='z', a value that"),
+        ("a.yaml", "a: {integer: [1, 3]}\nb: {uniform: [0, 1], when: {a: 4}}", "b depends on a=4"),
+        ("a.yaml", "a: {uniform: [1, 3]}\nb: {uniform: [0, 1], when: {a: 2}}", "b depends on a=2"),
+        ("a.yaml", "lr: {integer: [1.9, 3]}", "whole numbers"),
+        ("a.yaml", "lr: {log_integer: [1, 3.5]}", "whole numbers"),
+        ("a.yaml", "lr: {uniform: [0, 1/0]}", "cannot be made of"),
+        ("a.yaml", "lr: {choice: [2001-99-99, 1]}", "not valid YAML"),
         ("a.yaml", "b: {choice: [0, 1], relative_to: seed}", "beside uniform or log_uniform"),
         ("a.py", "import nonsense_module", "does not run: ModuleNotFoundError"),
+        ("a.py", "raise SystemExit(0)", "does not run: SystemExit"),
         ("a.py", "x = 1", "expected SPACE"),
         ("a.py", "SPACE = {'lr': 3}", "expected a Uniform"),
         ("a.txt", "", "expected a search space"),
@@ -154,6 +180,29 @@ def test_a_bad_space_file_gives_one_clear_line(tmp_path: Path, name, text, messa
     with pytest.raises(ValueError, match=message) as caught:
         load_space(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_a_condition_may_name_an_option_of_a_conditional_parameter(tmp_path: Path):
+    text = "a: {choice: [x, y]}\nb: {integer: [1, 3], when: {a: x}}\nc: {uniform: [0, 1], when: {b: [1, 3]}}"
+    (tmp_path / "a.yaml").write_text(text)
+    assert load_space(str(tmp_path / "a.yaml"))["c"] == When("b", (1, 3), Uniform(0.0, 1.0))
+
+
+def test_yaml_is_read_as_the_configuration_is_where_off_is_a_word(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("a: {choice: [off, on]}\nb: {choice: [false, true]}")
+    assert load_space(str(tmp_path / "a.yaml")) == {"a": Choice("off", "on"), "b": Choice(False, True)}
+
+
+@pytest.mark.parametrize("method", ["read_text", "is_file"])
+def test_a_file_that_may_not_be_read_is_a_clear_error(method, tmp_path: Path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("a: {choice: [1, 2]}")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "a.yaml")
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(ValueError, match=r"a\.yaml cannot be read: .*Permission denied"):
+        load_space(str(tmp_path / "a.yaml"))
 
 
 def test_an_unknown_space_lists_the_known_ones():

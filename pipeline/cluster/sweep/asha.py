@@ -1,7 +1,8 @@
 """Asynchronous successive halving (Li et al., arXiv 1810.05934) as Ray Tune has it, with two things mended.
 
 A trial is never stopped at its last epoch, where nothing is saved by it and its finished model would be lost. And the
-rungs of an interrupted sweep are filled again from the trials' own records, so that who goes on does not depend on it.
+rungs of an interrupted sweep are filled again from the trials' own records, each trial once, so that who goes on does
+not depend on it: finished trials at the start, the others when Tune takes them up under their new names.
 """
 
 from collections.abc import Sequence
@@ -22,23 +23,31 @@ def asha(search: SearchConfig, epochs: int, known: Sequence[Trial] = ()) -> Any:
     """
     from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
+    unfinished = {trial.number: trial for trial in known if not trial.finished}
+
     class ResumableASHA(ASHAScheduler):  # type: ignore[misc]
         def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
             """Tune tells metric and mode here, once, before any trial."""
             accepted: bool = super().set_search_properties(metric, mode, **spec)
             for trial in known if accepted else ():
-                self._remember(trial)
+                if trial.finished:
+                    past = SimpleNamespace(trial_id=f"known-{trial.number}")
+                    super().on_trial_add(None, past)
+                    self._replay(past, trial)
             return accepted
+
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            super().on_trial_add(tune_controller, trial)
+            if (record := unfinished.get(trial.config["trial"]["number"])) is not None:
+                self._replay(trial, record)
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             decision: str = super().on_trial_result(tune_controller, trial, result)
             return str(TrialScheduler.CONTINUE) if result[self._time_attr] >= epochs else decision
 
-        def _remember(self, trial: Trial) -> None:
-            past = SimpleNamespace(trial_id=f"known-{trial.number}")
-            self.on_trial_add(None, past)
-            for point in trial.history:
-                self.on_trial_result(None, past, point.model_dump())
+        def _replay(self, trial: Any, record: Trial) -> None:
+            for point in record.history:  # what was decided then stays decided
+                self.on_trial_result(None, trial, point.model_dump())
 
     return ResumableASHA(
         time_attr="epoch",

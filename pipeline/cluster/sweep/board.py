@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts import fingerprint
 from pipeline.cluster.outcome import load_outcome
+from pipeline.cluster.sweep.adopt import inherited
 from pipeline.cluster.sweep.samplers import Sampler
 from pipeline.cluster.sweep.trials import Leg, Point, State, Trial, save_trial
+from pipeline.config.load import ConfigError
 
 OnTrial = Callable[[Trial], None]
 """Called in the driver at the start of a trial, after each of its epochs, and at its end."""
@@ -40,21 +43,28 @@ class Board:
         return len(self._waiting) + self._new
 
     def next(self) -> Trial | None:
-        """The next trial to run: interrupted ones first, then new points; None when there are no more."""
+        """The next trial to run: interrupted ones first, then new points; None when there are no more.
+
+        A point that is no valid configuration, whose values are each allowed but not together, is a failed trial.
+        """
         if self._waiting:
             return self._waiting.pop(0)
-        values = self._sampler.ask() if self._new > 0 else None
-        if values is None:
-            self._new = 0
-            return None
-        self._new -= 1
-        trial = Trial(
-            number=max(self.trials, default=-1) + 1,
-            identity=self._identify(values),
-            legs=(Leg(epoch=0, values=values),),
-        )
-        self._keep(trial)
-        return trial
+        while self._new > 0 and (values := self._sampler.ask()) is not None:
+            self._new -= 1
+            trial = self._made(values)
+            self._keep(trial)
+            if not trial.finished:
+                return trial
+            self._sampler.tell(trial)
+        self._new = 0
+        return None
+
+    def _made(self, values: dict[str, Any]) -> Trial:
+        number, legs = max(self.trials, default=-1) + 1, (Leg(epoch=0, values=values),)
+        try:
+            return Trial(number=number, identity=self._identify(values), legs=legs)
+        except ConfigError as error:
+            return Trial(number=number, identity=fingerprint(values), legs=legs, state="failed", error=str(error))
 
     def started(self, number: int, values: dict[str, Any]) -> None:
         """A trial was started or, with other values, goes on as a changed copy of another one."""
@@ -68,10 +78,12 @@ class Board:
     def ended(self, number: int, error: str = "") -> None:
         """A trial has ended by itself, by the scheduler, or with an error."""
         trial = self.trials[number]
-        outcome = load_outcome(self.root / trial.job_directory, self.run)
+        job = self.root / trial.job_directory
+        outcome = load_outcome(job, self.run)
         state: State = "failed" if error or not trial.history else "stopped"
         if outcome is not None:
             state, error = outcome.state, outcome.error or error
+            trial = trial.with_missing(_unheard(outcome.result, after=inherited(job)))
         elif state == "failed" and not error:
             error = "ended without a single epoch"
         trial = trial.lasting(self._elapsed(number)).model_copy(update={"state": state, "error": error})
@@ -87,3 +99,13 @@ class Board:
         self.trials[trial.number] = trial
         save_trial(self.root, trial)
         self._on_trial(trial)
+
+
+def _unheard(result: dict[str, Any], *, after: int) -> list[Point]:
+    """The epochs that a finished training has on record, but for those of the trial that it is a copy of.
+
+    One that is killed between the checkpoint and the report of an epoch goes on after it: nobody heard of that epoch.
+    """
+    history = result.get("history", ())
+    points = [Point(epoch=e["epoch"], robust=e["val_robust"], clean=e["val_clean"]) for e in history]
+    return [point for point in points if point.epoch > after]

@@ -51,6 +51,17 @@ def _preset(base: ChainConfig, best: Trial, overrides: Mapping[str, Any]) -> str
     assert best.best is not None, "the best trial has a result"
     header = (
         f"# The best of a search in the space {base.search.space}: trial {best.number + 1}, on the validation split "
-        f"{best.best.robust:.4f} robust, {best.best.clean:.4f} clean.\n"
+        f"{best.best.robust:.4f} robust, {best.best.clean:.4f} clean.\n{_schedule(best)}"
     )
     return header + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _schedule(best: Trial) -> str:
+    """What population-based training changed on the way, as comments: the configuration can only hold its end."""
+    if len(best.legs) == 1:
+        return ""
+    legs = (
+        f"#   after epoch {leg.epoch}: {', '.join(f'{key}={value}' for key, value in leg.values.items())}\n"
+        for leg in best.legs
+    )
+    return f"# It changed on the way, and only the last of these values are below:\n{''.join(legs)}"

@@ -1,14 +1,18 @@
 """Which point of the space is tried next: random, grid, or Optuna's tree-structured Parzen estimator."""
 
+import logging
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from pipeline.artifacts import canonical
 from pipeline.cluster.sweep.trials import Trial
 from pipeline.config.search import SearchConfig
 from tune_spaces import Choice, Distribution, Integer, Space, Value, active, draw, grid
+
+_log = logging.getLogger(__name__)
 
 Values = dict[str, Value]
 _REPEATS = 10
@@ -27,10 +31,11 @@ class Sampler(Protocol):
 
 def make_sampler(space: Space, config: SearchConfig, seed: int, known: Sequence[Trial] = ()) -> Sampler:
     """The sampler of `config.algorithm`; it proposes none of the `known` points and learns from the finished."""
-    taken = {canonical(trial.values) for trial in known}
+    taken = {canonical(trial.legs[0].values) for trial in known}  # as they were proposed
     if config.algorithm == "optuna":
         sampler: Sampler = OptunaSampler(space, config.objectives, seed + len(taken), taken)
     elif config.algorithm == "grid":
+        _warn_of_a_long_grid(space, config)
         sampler = ListSampler(grid(space, config.grid_points), taken)
     else:
         sampler = RandomSampler(space, seed, taken)
@@ -38,6 +43,16 @@ def make_sampler(space: Space, config: SearchConfig, seed: int, known: Sequence[
         if trial.finished:
             sampler.tell(trial)
     return sampler
+
+
+def _warn_of_a_long_grid(space: Space, config: SearchConfig) -> None:
+    if next(islice(grid(space, config.grid_points), config.num_trials, None), None) is not None:
+        _log.warning(
+            "the grid has more than search.num_trials=%d points, and those at its end, where the first parameters of "
+            "the space change, are not tried; raise it, lower search.grid_points=%d, or take another algorithm",
+            config.num_trials,
+            config.grid_points,
+        )
 
 
 class RandomSampler:
@@ -48,7 +63,7 @@ class RandomSampler:
 
     def ask(self) -> Values | None:
         """A new draw; None when many in a row were old, as in a small space of choices."""
-        for _ in range(_DRAWS):
+        for _ in range(_DRAWS + len(self._taken)):  # the same seed draws the points of an earlier run first
             values = draw(self._space, self._rng)
             if canonical(values) not in self._taken:
                 self._taken.add(canonical(values))
@@ -60,14 +75,14 @@ class RandomSampler:
 
 
 class ListSampler:
-    """The points of a list, in order."""
+    """The given points, in order."""
 
-    def __init__(self, points: Sequence[Values], taken: set[str]) -> None:
-        self._points = [point for point in points if canonical(point) not in taken]
+    def __init__(self, points: Iterable[Values], taken: set[str]) -> None:
+        self._points = (point for point in points if canonical(point) not in taken)
 
     def ask(self) -> Values | None:
         """The next point."""
-        return self._points.pop(0) if self._points else None
+        return next(self._points, None)
 
     def tell(self, trial: Trial) -> None:
         """Nothing to learn."""

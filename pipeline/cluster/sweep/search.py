@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import fingerprint
-from pipeline.cluster.capacity import ClusterTooSmall, preflight
+from pipeline.cluster.capacity import ClusterTooSmall, connected, preflight
 from pipeline.cluster.session import cluster_address, ensure_ray
+from pipeline.cluster.sweep.adopt import without_lost_legs
 from pipeline.cluster.sweep.board import Board, OnTrial
+from pipeline.cluster.sweep.pbt import mutable_keys
 from pipeline.cluster.sweep.results import write_results
 from pipeline.cluster.sweep.samplers import make_sampler
 from pipeline.cluster.sweep.space import check_space, judged, trial_config
 from pipeline.cluster.sweep.table import Table
 from pipeline.cluster.sweep.trainable import Sweep
 from pipeline.cluster.sweep.trials import Trial, load_trials, pareto_front
-from pipeline.cluster.sweep.tuning import mutable_keys, run_sweep
+from pipeline.cluster.sweep.tuning import refuse_without_dashboard, run_sweep
 from pipeline.cluster.worker import Train
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError
@@ -61,7 +63,7 @@ def search(
     space = checked_space(base)
     scaling = _trial_scaling(base)
     known = _known_trials(output, base)
-    table = Table(base.search.num_trials, list(space), show=on_trial)
+    table = Table(base.search.num_trials, list(space), known=known, show=on_trial)
     sweep = Sweep(uuid.uuid4().hex[:8], base, data, output, scaling, train or _train())
     board = Board(
         output,
@@ -81,11 +83,14 @@ def search(
 
 
 def preflight_trial(base: ChainConfig) -> None:
-    """Raise ClusterTooSmall when not even one trial fits; without a running Ray, this machine is asked."""
+    """Raise ClusterTooSmall when not even one trial can run; without a running Ray, this machine is asked."""
+    scaling = _trial_scaling(base)
     try:
-        preflight(_trial_scaling(base))
+        preflight(scaling)
     except ClusterTooSmall as error:
         raise ClusterTooSmall(str(error).replace("scaling.num_workers", "search.num_workers")) from None
+    if connected():
+        refuse_without_dashboard(scaling)
 
 
 def _trial_scaling(base: ChainConfig) -> ScalingConfig:
@@ -122,7 +127,7 @@ def _identify(base: ChainConfig) -> Callable[[dict[str, Any]], str]:
 
 def _known_trials(output: Path, base: ChainConfig) -> list[Trial]:
     identify = _identify(base)
-    known = [trial for trial in load_trials(output) if _same(trial, identify)]
+    known = [without_lost_legs(trial, output) for trial in load_trials(output) if _same(trial, identify)]
     if known:
         finished = sum(trial.finished for trial in known)
         _log.info("search: %d trials are finished, %d go on where they were", finished, len(known) - finished)
@@ -130,10 +135,11 @@ def _known_trials(output: Path, base: ChainConfig) -> list[Trial]:
 
 
 def _same(trial: Trial, identify: Callable[[dict[str, Any]], str]) -> bool:
+    values = trial.legs[0].values
     try:
-        return identify(trial.legs[0].values) == trial.identity
-    except ConfigError:  # a trial of another space
-        return False
+        return identify(values) == trial.identity
+    except ConfigError:  # a trial of another space, or one that was refused for just this
+        return trial.identity == fingerprint(values)
 
 
 def _result(base: ChainConfig, trials: Sequence[Trial], output: Path) -> SearchResult:

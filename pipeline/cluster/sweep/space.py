@@ -1,15 +1,16 @@
 """From a point of a search space to a checked configuration, and whether a whole space can be."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, overlay
 from pipeline.config.training import ThreatConfig
-from tune_spaces import Space, Value, active
+from tune_spaces import Space, Value, When, active
 
 _SEARCHABLE = ("model", "augment", "training")
 _JUDGE = "training.selection"
+_LENGTH = "training.epochs"
 
 
 def overrides(base: ChainConfig, values: Mapping[str, Value]) -> dict[str, Any]:
@@ -47,14 +48,18 @@ def check_space(space: Space, base: ChainConfig) -> None:
     """Try every parameter at all its ends; the others stay at their first values.
 
     Raises:
-        ConfigError: for a key that the configuration does not have, or that would change how trials are judged, and for
-            a value that it refuses; the message names the parameter.
+        ConfigError: for a key that the configuration does not have, or that would change how trials are judged or how
+            long they last, and for a value that it refuses; the message names the parameter.
     """
     for key in space:
         if key.partition(".")[0] not in _SEARCHABLE or key.startswith(_JUDGE):
             raise ConfigError(
                 f"search space: {key} cannot be searched, it does not belong to a trial or decides how it is judged; "
                 f"search keys of {', '.join(_SEARCHABLE)} outside {_JUDGE}"
+            )
+        if key == _LENGTH:
+            raise ConfigError(
+                f"search space: {key} cannot be searched, schedulers compare trials of one length; set search.epochs"
             )
     for key in space:
         for values in _at_the_ends(space, key):
@@ -65,12 +70,22 @@ def check_space(space: Space, base: ChainConfig) -> None:
 
 
 def _at_the_ends(space: Space, varied: str) -> list[dict[str, Value]]:
-    """Points in which `varied` takes each of its ends, its conditions hold, and all else has its first value."""
-    wanted: dict[str, Value] = {}
-    condition = space[varied]
-    while (key := getattr(condition, "key", None)) is not None:  # When(...) on a When(...): fulfil the whole way up
-        wanted[key] = condition.values[0]  # type: ignore[union-attr]
-        condition = space[key]
+    """Points in which `varied` takes each of its ends under each value that it depends on; all else has its first."""
+    return [point for wanted in _conditions(space, varied) for point in _points(space, varied, wanted)]
+
+
+def _conditions(space: Space, key: str) -> Iterator[dict[str, Value]]:
+    """Every way in which a parameter comes to exist, all the way up where its condition depends on another one."""
+    rule = space[key]
+    if not isinstance(rule, When):
+        yield {}
+        return
+    for above in _conditions(space, rule.key):
+        for value in rule.values:
+            yield {**above, rule.key: value}
+
+
+def _points(space: Space, varied: str, wanted: Mapping[str, Value]) -> list[dict[str, Value]]:
     points: list[dict[str, Value]] = [{}]
     for key, rule in space.items():
         extended = []

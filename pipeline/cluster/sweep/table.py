@@ -12,6 +12,7 @@ from pipeline.cluster.sweep.trials import Trial
 
 _KEYS = 5  # more columns do not fit a terminal
 _ROWS = 20
+_PROGRESS = ("epoch", "clean", "robust", "best")
 
 
 class Table:
@@ -22,12 +23,13 @@ class Table:
         num_trials: int,
         keys: Sequence[str],
         *,
+        known: Sequence[Trial] = (),
         show: Callable[[Trial], None] | None = None,
         console: Console | None = None,
     ) -> None:
         self._console = console or Console()
         self._num_trials, self._keys, self._show = num_trials, short_names(keys), show
-        self._trials: dict[int, Trial] = {}
+        self._trials = {trial.number: trial for trial in known}
         self._live: Live | None = None
         self._open = False
 
@@ -59,21 +61,20 @@ class Table:
 
     def _line(self, trial: Trial) -> str:
         fields = [f"trial {trial.number + 1:>{len(str(self._num_trials))}}/{self._num_trials} {trial.state:<8}"]
-        fields += _progress(trial)
+        fields += [f"{name} {value:>5}" for name, value in zip(_PROGRESS, _progress(trial), strict=True)]
         values = [f"{name}={brief(trial.values[key])}" for key, name in self._keys.items() if key in trial.values]
         return "  ".join([*fields, *values, trial.error]).rstrip()
 
     def _render(self) -> RichTable:
         shown = dict(list(self._keys.items())[:_KEYS])
         table = RichTable(title=f"search: {len(self._trials)} of {self._num_trials} trials")
-        for name in ("trial", *shown.values(), "epoch", "clean", "robust", "state"):
-            table.add_column(name, justify="right" if name in ("trial", "epoch", "clean", "robust") else "left")
+        for name in ("trial", *shown.values(), *_PROGRESS, "state"):
+            table.add_column(name, justify="right" if name in ("trial", *_PROGRESS) else "left")
         # The ones under way, then the best of the others.
         order = sorted(self._trials.values(), key=lambda t: (t.finished, -(t.best.robust if t.best else 0.0)))
         for trial in order[:_ROWS]:
-            epoch, clean, robust = _progress(trial, labels=False)
             values = [brief(trial.values[key]) if key in trial.values else "" for key in shown]
-            table.add_row(str(trial.number + 1), *values, epoch, clean, robust, trial.state)
+            table.add_row(str(trial.number + 1), *values, *_progress(trial), trial.state)
         return table
 
 
@@ -93,10 +94,9 @@ def brief(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _progress(trial: Trial, *, labels: bool = True) -> list[str]:
-    best = trial.best
-    epoch = str(trial.history[-1].epoch) if trial.history else "-"
-    clean, robust = (f"{100 * best.clean:.1f}", f"{100 * best.robust:.1f}") if best else ("-", "-")
-    if labels:
-        return [f"epoch {epoch:>3}", f"clean {clean:>5}", f"robust {robust:>5}"]
-    return [epoch, clean, robust]
+def _progress(trial: Trial) -> list[str]:
+    """What the last epoch came to, and the highest robust accuracy of all."""
+    if trial.best is None:
+        return ["-"] * len(_PROGRESS)
+    last = trial.history[-1]
+    return [str(last.epoch), *(f"{100 * share:.1f}" for share in (last.clean, last.robust, trial.best.robust))]

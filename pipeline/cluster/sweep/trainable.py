@@ -1,7 +1,6 @@
 """What one trial does, in the process that Ray Tune gives it."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from pipeline.artifacts import canonical, write_atomic
 from pipeline.cluster.launch import run_jobs
 from pipeline.cluster.outcome import done, failed
-from pipeline.cluster.sweep.adopt import adopt
+from pipeline.cluster.sweep.adopt import CHECKPOINTS, mend, take_over
 from pipeline.cluster.sweep.space import trial_config
 from pipeline.cluster.sweep.trials import Trial
 from pipeline.cluster.worker import Train, worth_retrying
@@ -19,7 +18,6 @@ from pipeline.config.scaling import ScalingConfig
 from pipeline.tracking.journal import Entry
 from pipeline.training import Context, TrainedModel, TrainJob
 
-CHECKPOINTS = "checkpoints"
 ROBUST, CLEAN, EPOCH = "val_robust", "val_clean", "epoch"
 
 
@@ -67,7 +65,8 @@ def run_trial(settings: Mapping[str, Any], sweep: Sweep) -> None:
     trial = _own_trial(settings, sweep).with_values(settings["values"])
     job = sweep.job(trial)
     with _own_log(job.output):
-        _take_over(job, sweep)
+        if sweep.perturbs:
+            _take_over(job)
         if sweep.scaling.max_workers > 1:
             run_jobs(
                 [job], sweep.scaling, train=sweep.train, result_type=TrainedModel, on_progress=_nested, run=sweep.run
@@ -120,17 +119,19 @@ def _point(metrics: Mapping[str, float]) -> dict[str, float]:
     return {"epoch": int(metrics[EPOCH]), "robust": metrics[ROBUST], "clean": metrics[CLEAN]}
 
 
-def _take_over(job: TrainJob, sweep: Sweep) -> None:
+def _take_over(job: TrainJob) -> None:
     """Continue from the checkpoint of the trial that Tune made this one a copy of, with this one's own settings."""
     from ray import tune
 
+    mend(job.output)
     checkpoint = tune.get_checkpoint()
-    target = job.output / CHECKPOINTS
-    if not sweep.perturbs or checkpoint is None or target.exists():
+    if checkpoint is None:
         return
+    run, owner, number = Path(checkpoint.path).parts[-3:]
+    if owner == tune.get_context().get_trial_id():
+        return  # started again after a pause or a crash: its own files are as new
     with checkpoint.as_directory() as source:
-        shutil.copytree(source, target)
-    adopt(target, job)
+        take_over(Path(source), f"{run}/{owner}/{number}", job)
 
 
 def _device() -> Any:

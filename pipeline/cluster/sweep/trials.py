@@ -1,7 +1,7 @@
 """The record of a trial: one JSON file in its own directory, from which an interrupted sweep goes on."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +67,10 @@ class Trial(BaseModel):
 
     @property
     def best(self) -> Point | None:
-        """The epoch with the highest robust accuracy, which is the one that training keeps."""
+        """The epoch with the highest robust accuracy, by which trials are compared.
+
+        Training keeps it too, unless `training.selection.metric` is clean, as it is by default in standard training.
+        """
         return max(self.history, key=lambda point: point.robust, default=None)
 
     @property
@@ -95,6 +98,12 @@ class Trial(BaseModel):
     def lasting(self, seconds: float) -> "Trial":
         """The same trial, so much longer under way."""
         return self.model_copy(update={"seconds": self.seconds + seconds})
+
+    def with_missing(self, points: Iterable[Point]) -> "Trial":
+        """The same trial with the epochs among `points` that it has not heard of."""
+        known = {point.epoch for point in self.history}
+        history = (*self.history, *(point for point in points if point.epoch not in known))
+        return self.model_copy(update={"history": tuple(sorted(history, key=lambda point: point.epoch))})
 
     def with_point(self, point: Point) -> "Trial":
         """The same trial one epoch later; an epoch that is repeated after a crash replaces itself."""

@@ -7,13 +7,15 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.cluster.capacity import Capacity, preflight, worker_bundle
+from pipeline.cluster.capacity import Capacity, ClusterTooSmall, preflight, worker_bundle
+from pipeline.cluster.launch import has_dashboard
 from pipeline.cluster.sweep.asha import asha
 from pipeline.cluster.sweep.board import Board
+from pipeline.cluster.sweep.pbt import num_checkpoints, pbt
 from pipeline.cluster.sweep.trainable import Sweep, run_trial
 from pipeline.cluster.sweep.trials import Point, Trial
-from pipeline.config.load import ConfigError
-from tune_spaces import Choice, Distribution, Integer, Space, Value
+from pipeline.config.scaling import ScalingConfig
+from tune_spaces import Space
 
 _DRIVER = 1 << 28
 """Bytes of memory that the process of a nested trial reserves; Tune wants it to reserve something."""
@@ -22,23 +24,26 @@ _DRIVER = 1 << 28
 def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
     """Run the trials that the board has left; returns when all are settled. Ray must be connected.
 
-    Raises ClusterTooSmall when the cluster can never hold one trial.
+    Raises ClusterTooSmall when the cluster can never hold one trial, or none of several workers to its end.
     """
     _set_environment()
     from ray import tune
 
     capacity = preflight(sweep.scaling)
+    refuse_without_dashboard(sweep.scaling)
     # A population is there from the start; otherwise every trial is chosen when there is room for it.
-    population = _population(board) if sweep.perturbs else None
+    members = list(iter(board.next, None)) if sweep.perturbs else None
+    if members == []:
+        return
     tuner = tune.Tuner(
         tune.with_resources(lambda settings: run_trial(settings, sweep), _resources(sweep, capacity)),
-        param_space=population,
+        param_space=None if members is None else _population(members),
         tune_config=tune.TuneConfig(
             metric=sweep.base.search.objectives[0],
             mode="max",
-            search_alg=_searcher(board) if population is None else None,
+            search_alg=_searcher(board) if members is None else None,
             scheduler=_scheduler(sweep, space, list(board.trials.values())),
-            num_samples=board.num_left if population is None else 1,
+            num_samples=board.num_left if members is None else 1,
             max_concurrent_trials=_concurrent(sweep, capacity),
             trial_dirname_creator=lambda trial: str(trial.trial_id),
             reuse_actors=sweep.scaling.max_workers == 1,  # a new process imports torch for seconds
@@ -47,6 +52,7 @@ def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
             name=f"sparta-{sweep.run}-{uuid.uuid4().hex[:8]}",
             storage_path=str(sweep.storage.resolve()),
             failure_config=tune.FailureConfig(max_failures=sweep.scaling.max_failures),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=num_checkpoints(sweep.base.search)),
             callbacks=[_callback(board)],
             verbose=0,
         ),
@@ -66,6 +72,16 @@ def _set_environment() -> None:
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 
+def refuse_without_dashboard(scaling: ScalingConfig) -> None:
+    """Raise ClusterTooSmall for trials of several workers on a Ray that would never take their resources back."""
+    if scaling.max_workers > 1 and not has_dashboard():
+        raise ClusterTooSmall(
+            f"a trial of {scaling.max_workers} workers needs Ray's dashboard, which this cluster runs without: the "
+            "resources of a trial that is stopped would stay taken; start the cluster with its dashboard, or set "
+            "search.num_workers=1"
+        )
+
+
 def _resources(sweep: Sweep, capacity: Capacity) -> dict[str, float]:
     # A nested trial's own process only waits for its workers. If it held a CPU, drivers could fill the machine and
     # wait for ever for workers that no longer fit.
@@ -78,12 +94,9 @@ def _concurrent(sweep: Sweep, capacity: Capacity) -> int:
     return min(room, sweep.base.search.max_concurrent or room)
 
 
-def _population(board: Board) -> dict[str, Any]:
+def _population(trials: Sequence[Trial]) -> dict[str, Any]:
     from ray import tune
 
-    trials: list[Trial] = []
-    while (trial := board.next()) is not None:
-        trials.append(trial)
     return {
         "trial": tune.grid_search([trial.model_dump(mode="json") for trial in trials]),
         "values": tune.sample_from(lambda settings: dict(settings["trial"]["legs"][-1]["values"])),
@@ -138,76 +151,35 @@ def _callback(board: Board) -> Any:
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
+        def number(self, trial: Any) -> int:
+            return self.numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            number = self.numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
-            self.board.started(number, trial.config["values"])
+            self.board.started(self.number(trial), trial.config["values"])
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
         ) -> None:
             point = Point(epoch=result["epoch"], robust=result["robust"], clean=result["clean"])
-            self.board.reported(self.numbers[trial.trial_id], point)
+            self.board.reported(self.number(trial), point)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.board.ended(self.numbers[trial.trial_id])
+            self.board.ended(self.number(trial))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             cause = trial.get_error() or "the trial's process died"
-            self.board.ended(self.numbers[trial.trial_id], error=" ".join(str(cause).split())[-500:])
+            self.board.ended(self.number(trial), error=" ".join(str(cause).split())[-500:])
 
     return Books(board)
 
 
 def _scheduler(sweep: Sweep, space: Space, known: Sequence[Trial]) -> Any:
-    from ray.tune import schedulers
+    from ray.tune.schedulers import FIFOScheduler
 
     search = sweep.base.search
+    epochs = search.epochs or sweep.base.training.epochs
     if search.scheduler == "asha":
-        return asha(search, search.epochs or sweep.base.training.epochs, known)
+        return asha(search, epochs, known)
     if search.scheduler == "pbt":
-        mutable = mutable_keys(space)
-        return schedulers.PopulationBasedTraining(
-            time_attr="epoch",
-            perturbation_interval=search.grace_epochs,
-            hyperparam_mutations={"values": {key: _drawer(distribution) for key, distribution in mutable.items()}},
-            custom_explore_fn=lambda settings: {**settings, "values": _clipped(settings["values"], mutable)},
-        )
-    return schedulers.FIFOScheduler()
-
-
-def mutable_keys(space: Space) -> dict[str, Distribution]:
-    """What population-based training may change between two epochs: unconditional settings of the training, no kinds.
-
-    The network itself must stay as it is, because the weights go on.
-    """
-    found: dict[str, Distribution] = {
-        key: rule
-        for key, rule in space.items()
-        if key.startswith("training.") and not key.endswith(".kind") and isinstance(rule, Distribution)
-    }
-    if not found:
-        raise ConfigError(
-            f"search.scheduler=pbt needs an unconditional training.* key in the space, got {', '.join(space)}; "
-            "add one or take another scheduler"
-        )
-    return found
-
-
-def _drawer(distribution: Distribution) -> Any:
-    if isinstance(distribution, Choice):
-        return list(distribution.options)
-    import random
-
-    return lambda: distribution.sample(random.Random())  # noqa: S311 - no secret
-
-
-def _clipped(values: Mapping[str, Value], mutable: Mapping[str, Distribution]) -> dict[str, Value]:
-    """Tune multiplies by 0.8 or 1.2 without a look at the range."""
-    return {key: _clip(value, mutable[key]) if key in mutable else value for key, value in values.items()}
-
-
-def _clip(value: Any, distribution: Distribution) -> Value:
-    if isinstance(distribution, Choice):
-        return value  # type: ignore[no-any-return]
-    inside = min(max(value, distribution.low), distribution.high)
-    return round(inside) if isinstance(distribution, Integer) else float(inside)
+        return pbt(search, space, epochs, sweep.base.seed)
+    return FIFOScheduler()
