@@ -1,3 +1,5 @@
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
@@ -5,10 +7,11 @@ from torch import nn
 from pipeline.config.evaluation import ThreatModel
 from pipeline.evaluation import CHECKS, audit
 from pipeline.evaluation.attacks import Problem
+from pipeline.evaluation.audit.confusion import audit_case
 from pipeline.evaluation.audit.gates import gate_maps, gated_sites, gates_replaced, parts
 from pipeline.evaluation.audit.gradient_free import rays, spsa
 from pipeline.evaluation.audit.planted import HONEST, PLANTED, small_cnn
-from pipeline.evaluation.audit.subject import judged, judged_share
+from pipeline.evaluation.audit.verdict import judged, judged_share
 from sparta_models import ActivationBank, Sparta, build_activation, build_model
 from sparta_models.activations.gates import GATES
 
@@ -18,7 +21,9 @@ CAUGHT_BY = {
     "detached input": {"eps_curve", "black_box", "gradient_census", "finite_difference"},
     "shattered gradient": {"black_box", "finite_difference"},
     "k-WTA": {"black_box", "loss_surface"},
+    "k-WTA, adversarially trained": {"black_box", "loss_surface"},
     "saturated gates": {"gate_saturation"},
+    "one saturated site": {"gate_saturation"},
     "randomised logits": {"determinism", "finite_difference", "loss_surface"},
     "batch-dependent": {"determinism"},
     "label leaking": {"one_step"},
@@ -27,21 +32,21 @@ CAUGHT_BY = {
 }
 
 
-def audited(case, digits, n=N):
-    return audit(case.make(digits), digits.test_x[:n], digits.test_y[:n], ThreatModel(eps=case.eps), "quick", seed=0)
-
-
 @pytest.mark.parametrize("name", sorted(PLANTED))
 def test_a_planted_defence_is_flagged_by_the_checks_made_for_it(name, digits):
-    report = audited(PLANTED[name], digits)
+    report = audit_case(PLANTED[name], digits, N, "quick")
     assert not report.passed
     assert set(report.failed) >= CAUGHT_BY[name]
 
 
 @pytest.mark.parametrize("name", sorted(HONEST))
 def test_an_honest_model_passes(name, digits):
-    report = audited(HONEST[name], digits)
+    report = audit_case(HONEST[name], digits, N, "quick")
     assert report.passed, report.failed
+    assert report.n == N
+    by_name = {check.name: check for check in report.checks}
+    assert ("fooled by the reference" in by_name["transfer"].details) is (name == "Sparta, with a reference")
+    assert (by_name["frozen"].verdict != "skip") is (name == "Sparta, frozen and transferred")
 
 
 def test_every_check_reports_once_in_its_order(gated, robust, digits):
@@ -131,7 +136,9 @@ def test_a_frozen_transferred_model_is_checked_for_being_frozen(digits):
     model, x, y = transferred(digits), digits.test_x[:16], digits.test_y[:16]
     report = audit(model, x, y, ThreatModel(eps=0.1), "quick", seed=0)
     assert (report.checks[-1].name, report.checks[-1].verdict) == ("frozen", "pass")
-    next(iter(gated_sites(model).values())).requires_grad_(requires_grad=True)
+    site = next(iter(gated_sites(model).values()))
+    site.train = MethodType(nn.Module.train, site)  # no longer that of a frozen activation
+    site.requires_grad_(requires_grad=True)
     report = audit(model, x, y, ThreatModel(eps=0.1), "quick", seed=0)
     assert report.checks[-1].verdict == "fail"
     assert "not frozen after all" in report.checks[-1].summary

@@ -7,6 +7,7 @@ what a gated activation calls for.
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ from pipeline.evaluation.audit import (
     random_gate,
     transfer,
 )
+from pipeline.evaluation.audit.kept import Kept
 from pipeline.evaluation.audit.subject import Subject
-from pipeline.evaluation.blocks import attackable, evaluating, model_digest, own_random_state
+from pipeline.evaluation.blocks import attackable, derived_seed, evaluating, model_digest, own_random_state
 from pipeline.evaluation.records import AuditReport, Check
 
 CHECKS: tuple[Callable[[Subject], Check], ...] = (
@@ -65,8 +67,9 @@ def audit(
     seed: int,
     reference: nn.Module | None = None,
     matched: Mapping[str, nn.Module] | None = None,
+    directory: Path | None = None,
 ) -> AuditReport:
-    """Look for gradient masking.
+    """Look for gradient masking. Memory grows with the images alone: the model sees them in chunks of 128.
 
     Args:
         model: logits (B, num_classes) from x in [0, 1]; float32. It is looked at in eval mode and left as it was.
@@ -77,23 +80,40 @@ def audit(
         reference: another model on the same data, say the ReLU control, for transfer attacks.
         matched: networks of equal cost with other gates (SE, CBAM, ATAC) by name, trained on the same data with the
             same budget, for check 15.
+        directory: where each finished check is kept as a file; called again with the same arguments it goes on with
+            those that are missing. None: nowhere.
 
     Raises:
         ValueError: no images.
     """
     if not len(y):
         raise ValueError("expected images to audit, got none")
-    with evaluating(model), own_random_state(seed):
-        subject = Subject(attackable(model, x), x, y, threat, budget, seed, reference, matched or {})
-        for check in CHECKS:
-            found = check(subject)
-            subject.so_far.append(found)
-            _LOG.info("audit %2d %-18s %-4s %s", found.number, found.name, found.verdict, found.summary)
-    return AuditReport(
+    report = AuditReport(
         budget=budget,
         n=len(y),
         threat=threat,
+        seed=seed,
         model_digest=model_digest(model),
-        checks=tuple(subject.so_far),
-        matched={name: model_digest(other) for name, other in subject.matched.items()},
+        reference_digest=None if reference is None else model_digest(reference),
+        checks=(),
+        matched={name: model_digest(other) for name, other in (matched or {}).items()},
     )
+    digests = (report.model_digest, report.reference_digest, report.matched)
+    with evaluating(model), own_random_state(seed):
+        subject = Subject(attackable(model, x), x, y, threat, budget, seed, reference, matched or {})
+        kept = Kept(directory, subject, digests)
+        for number, check in enumerate(CHECKS, start=1):
+            found = kept.load(number) or _run(number, check, subject, kept)
+            subject.so_far.append(found)
+            _LOG.info("audit %2d %-18s %-4s %s", found.number, found.name, found.verdict, found.summary)
+    return report.model_copy(update={"checks": tuple(subject.so_far)})
+
+
+def _run(number: int, check: Callable[[Subject], Check], subject: Subject, kept: Kept) -> Check:
+    """Each check draws its own random numbers, so that it finds the same whether or not others ran before it."""
+    subject.prepare()
+    with own_random_state(derived_seed(subject.seed, "check", number)):
+        found = check(subject)
+    if check is not frozen.check:
+        kept.save(found)
+    return found

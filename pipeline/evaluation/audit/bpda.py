@@ -10,16 +10,19 @@ With phi = sigmoid(g), the forward pass unchanged, the gradient of the gate is
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.attacks import pgd_on
+from pipeline.evaluation.attacks import Problem, pgd_on
+from pipeline.evaluation.audit.chunks import Attack
 from pipeline.evaluation.audit.gates import Parts, Rule, gated_sites, gates_replaced
-from pipeline.evaluation.audit.subject import Subject, beats, skipped
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.verdict import beats, skipped
 from pipeline.evaluation.records import Check
 
 TEMPERATURE = 10.0
 
 
 def _with_backward_of(exact: Tensor, surrogate: Tensor) -> Tensor:
-    return surrogate + (exact - surrogate).detach()
+    # Not surrogate + (exact - surrogate): where g is large that rounds, and the forward pass is another.
+    return exact.detach() + (surrogate - surrogate.detach())
 
 
 def _detached(_: int, parts: Parts) -> Tensor:
@@ -50,9 +53,13 @@ def check(subject: Subject) -> Check:
     """Share of examples that only a doctored backward pass fools."""
     if not gated_sites(subject.model):
         return skipped(10, "bpda", "the model has no gates")
-    problem, attacks = subject.survivors, {}
-    for name, rule in RULES.items():
-        if len(problem.y):
-            with gates_replaced(subject.model, rule):
-                attacks[name] = pgd_on(problem, steps=subject.effort.steps, loss="margin")
+    attacks = {name: _through(rule, subject.effort.steps) for name, rule in RULES.items()}
     return beats(10, "bpda", subject, attacks, "PGD through a doctored gradient of the gates")
+
+
+def _through(rule: Rule, steps: int) -> Attack:
+    def attack(part: Problem) -> Tensor:
+        with gates_replaced(part.model, rule):
+            return pgd_on(part, steps=steps, loss="margin")
+
+    return attack

@@ -14,11 +14,18 @@ def audited(
 ) -> Iterator[tuple[str, bool, AuditReport]]:
     """(name, whether it is planted, report) of every case; models are trained on the way."""
     digits = Digits.load()
+    for planted, cases in ((False, HONEST), (True, PLANTED)):
+        for name, case in cases.items():
+            yield name, planted, audit_case(case, digits, num_examples, budget, seed=seed)
+
+
+def audit_case(
+    case: Case, digits: Digits, num_examples: int, budget: Literal["quick", "full"], *, seed: int = 0
+) -> AuditReport:
+    """Train one case and audit it on the first test images."""
+    reference = None if case.reference is None else case.reference(digits)
     x, y = digits.test_x[:num_examples], digits.test_y[:num_examples]
-    cases: list[tuple[str, bool, Case]] = [(name, False, case) for name, case in HONEST.items()]
-    cases += [(name, True, case) for name, case in PLANTED.items()]
-    for name, planted, case in cases:
-        yield name, planted, audit(case.make(digits), x, y, ThreatModel(eps=case.eps), budget, seed=seed)
+    return audit(case.make(digits), x, y, ThreatModel(eps=case.eps), budget, seed=seed, reference=reference)
 
 
 def confusion_table(*, num_examples: int, budget: Literal["quick", "full"]) -> str:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation.audit.subject import Subject, judged
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.verdict import judged, largest
 from pipeline.evaluation.records import Check
 
 WARN, FAIL = 1e-4, 1e-3
@@ -24,7 +25,7 @@ def check(subject: Subject) -> Check:
     others = {"called again": again, "other order": reversed_order, "alone": alone, "other company": company}
     changes = {name: float((other - logits).abs().max() / spread) for name, other in others.items()}
     return judged(
-        13, "determinism", max(changes.values()) + float(changed), warn=WARN, fail=FAIL,
+        13, "determinism", largest(changes.values()) + float(changed), warn=WARN, fail=FAIL,
         summary="largest change of a logit, in units of the logits' spread, between calls and batches"
         + ("; a forward pass changed buffers of the model" if changed else ""),
         details=dict(changes),

@@ -5,7 +5,8 @@ import math
 
 from pipeline.config.evaluation import ThreatModel
 from pipeline.evaluation.attacks import pgd_on
-from pipeline.evaluation.audit.subject import Subject, judged
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.verdict import judged
 from pipeline.evaluation.records import Check
 from pipeline.evaluation.stats import Accuracy
 
@@ -35,10 +36,7 @@ def _unbounded(subject: Subject) -> float:
 
 def _correct(subject: Subject, eps: float) -> int:
     """Examples that are correct after PGD on cross-entropy and, where that fails, on the margin, at this radius."""
-    threat = ThreatModel(norm=subject.threat.norm, eps=eps)
-    left = subject.correct(pgd_on(subject.problem(f"eps {eps}", threat=threat), steps=subject.effort.steps))
+    threat, steps = ThreatModel(norm=subject.threat.norm, eps=eps), subject.effort.steps
+    left = ~subject.fooled(lambda part: pgd_on(part, steps=steps), subject.problem(f"eps {eps}", threat=threat))
     problem = subject.problem(f"eps {eps} margin", keep=left, threat=threat)
-    if not len(problem.y):
-        return 0
-    x_adv = pgd_on(problem, steps=subject.effort.steps, loss="margin")
-    return len(problem.y) - subject.fooled([x_adv], problem)
+    return int((~subject.fooled(lambda part: pgd_on(part, steps=steps, loss="margin"), problem)).sum())

@@ -5,12 +5,14 @@ by the same white-box attack on the same images. One that costs no more and is c
 warn; it never fails, because nothing is masked by it.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
-from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.subject import FLOAT32_ONLY, Subject
 from pipeline.evaluation.blocks import attackable, evaluating
 from pipeline.evaluation.records import Check
 from pipeline.evaluation.stats import mcnemar
@@ -22,23 +24,35 @@ TOLERANCE = 0.05
 
 def beside_equal_cost(subject: Subject, found: Check) -> Check:
     """`found` with every network of `subject.matched` in its details: robust accuracy, cost, paired gain over it."""
-    own, cost = _robust(subject), forward_flops(subject.model, subject.all_x)
+    own, cost = _robust(subject), _cost(subject, subject.model)
     details: dict[str, float | list[float]] = {"robust": float(own.mean())}
     told, better = [], []
     for name, model in subject.matched.items():
         with evaluating(model):
             other = _robust(replace(subject, model=attackable(model, subject.all_x), so_far=[]))
-            share = forward_flops(model, subject.all_x) / cost
-        gain, equal = mcnemar(own, other), share <= 1 + TOLERANCE
-        details |= {f"robust, {name}": float(other.mean()), f"cost, {name}": share}
+            share = _cost(subject, model) / cost
+        gain, dearer = mcnemar(own, other), share > 1 + TOLERANCE  # a cost that is not known excuses nothing
+        details |= {f"robust, {name}": float(other.mean())} | ({} if math.isnan(share) else {f"cost, {name}": share})
         details[f"gain over {name}"] = [gain.value, gain.low, gain.high]
-        told.append(f"{name} {gain} at {share:.2f} of its cost{'' if equal else ', dearer'}")
-        better += [name] if equal and gain.high < 0 else []
+        told.append(f"{name} {gain} at {_in_words(share)}{', dearer' if dearer else ''}")
+        better += [name] if gain.high < 0 and not dearer else []
     summary = f"{found.summary}; robust accuracy of this network minus that of {'; '.join(told)}"
     if better:
         summary += f"; more robust at no more cost: {', '.join(better)}"
     verdict = "warn" if better and found.verdict == "pass" else found.verdict
     return found.model_copy(update={"summary": summary, "verdict": verdict, "details": {**found.details, **details}})
+
+
+def _cost(subject: Subject, model: nn.Module) -> float:
+    """Forward FLOPs; not a number where the model does not run in float64, in which they are counted."""
+    try:
+        return forward_flops(model, subject.all_x)
+    except FLOAT32_ONLY:
+        return math.nan
+
+
+def _in_words(share: float) -> str:
+    return "a cost that could not be counted" if math.isnan(share) else f"{share:.2f} of its cost"
 
 
 def _robust(subject: Subject) -> npt.NDArray[np.bool_]:

@@ -7,7 +7,8 @@ gradient; gradcheck's fast mode makes the same comparison.
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.audit.subject import Subject, judged, skipped
+from pipeline.evaluation.audit.subject import FLOAT32_ONLY, Subject
+from pipeline.evaluation.audit.verdict import judged, skipped
 from pipeline.evaluation.records import Check
 
 WARN, FAIL = 0.05, 0.2
@@ -26,7 +27,7 @@ def check(subject: Subject) -> Check:
     generator = subject.problem("finite difference").generator()
     try:
         wrong, derivatives = _compare(subject, x, generator)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except FLOAT32_ONLY as error:
         return skipped(12, "finite_difference", f"the model does not run in float64: {type(error).__name__}: {error}")
     return judged(
         12, "finite_difference", float(wrong.float().mean()), warn=WARN, fail=FAIL,

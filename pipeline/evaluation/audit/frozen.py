@@ -1,11 +1,15 @@
 """16: all of it again on the frozen, transferred model: its activation is frozen, and no check failed on it.
 
-A transferred model is audited like any other; this check adds what only it must hold, after all attacks are done.
+A transferred model is audited like any other; this check adds what only it must hold, after all attacks are done. An
+activation is loose where a parameter asks for a gradient, where `.train()` moves a part of it out of eval mode, and
+where it normalises by the statistics of the batch, which no mode pins.
 """
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.evaluation.audit.subject import Subject, judged, skipped
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.verdict import judged, skipped
 from pipeline.evaluation.records import Check
 from sparta_models import Activation
 
@@ -13,7 +17,7 @@ WARN, FAIL = 0.0, 0.5
 
 
 def check(subject: Subject) -> Check:
-    """Figure: failed checks so far, plus frozen activations that ask for a gradient or are in training mode."""
+    """Figure: failed checks so far, plus frozen activations that are not."""
     modules = subject.model.named_modules()
     frozen = {name: module for name, module in modules if isinstance(module, Activation) and module.frozen}
     if not frozen:
@@ -29,4 +33,8 @@ def check(subject: Subject) -> Check:
 
 def _is_loose(module: nn.Module) -> bool:
     learns = any(parameter.requires_grad for parameter in module.parameters())
-    return learns or any(part.training for part in module.modules())
+    unpinned = any(isinstance(part, _BatchNorm) and part.running_mean is None for part in module.modules())
+    module.train()  # in eval mode, in which the audit looks at it, everything seems pinned
+    moved = any(part.training for part in module.modules())
+    module.eval()
+    return learns or unpinned or moved

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluation.attacks import STEP_RULE, Problem
+from pipeline.evaluation.audit.chunks import Attack
 from pipeline.evaluation.audit.gates import gate_maps, gated_sites
-from pipeline.evaluation.audit.subject import Subject, beats, margin, skipped
+from pipeline.evaluation.audit.subject import Subject, margin
+from pipeline.evaluation.audit.verdict import beats, skipped
 from pipeline.evaluation.records import Check
 from pipeline.training.attacks import pgd
 
@@ -36,22 +38,17 @@ def check(subject: Subject) -> Check:
     """Share of examples that only a gate-targeted attack fools."""
     if not gated_sites(subject.model):
         return skipped(11, "gate_attack", "the model has no gates")
-    problem, attacks = subject.survivors, {}
-    if len(problem.y):
-        others = _of_another_class(subject, problem)
-        attacks["displace"] = _aim(subject, problem, problem.x, WEIGHT)
-        attacks["impersonate"] = _aim(subject, problem, others, -WEIGHT)
+    steps = subject.effort.steps
+    attacks: dict[str, Attack] = {"displace": lambda part: _aim(part, part.x, WEIGHT, steps)}
+    if len(set(subject.all_y.tolist())) > 1:  # else there is nobody to impersonate
+        attacks["impersonate"] = lambda part: _aim(part, _of_another_class(subject, part), -WEIGHT, steps)
     return beats(11, "gate_attack", subject, attacks, "an attack on the gates")
 
 
-def _aim(subject: Subject, problem: Problem, at: Tensor, weight: float) -> Tensor:
+def _aim(problem: Problem, at: Tensor, weight: float, steps: int) -> Tensor:
     with torch.no_grad():
-        targets = gate_maps(subject.model, at)[1]
-    aimed, steps, threat = (
-        _Aimed(subject.model, problem.y, targets, weight).eval(),
-        subject.effort.steps,
-        problem.threat,
-    )
+        targets = gate_maps(problem.model, at)[1]
+    aimed, threat = _Aimed(problem.model, problem.y, targets, weight).eval(), problem.threat
     return pgd(
         aimed, problem.x, torch.zeros_like(problem.y), eps=threat.eps, step_size=STEP_RULE * threat.eps / steps,
         steps=steps, norm=threat.norm, loss="margin", generator=problem.generator(),

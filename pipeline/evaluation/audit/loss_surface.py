@@ -8,7 +8,8 @@ about 2 / points for a smooth curve, about 2 for steps and noise.
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.audit.subject import Subject, judged, margin, skipped
+from pipeline.evaluation.audit.subject import Subject, margin
+from pipeline.evaluation.audit.verdict import judged, largest, skipped
 from pipeline.evaluation.records import Check
 
 WARN, FAIL = 0.4, 0.8
@@ -22,18 +23,20 @@ def check(subject: Subject) -> Check:
     x, y = subject.x[:probed], subject.y[:probed]
     if not len(x):
         return skipped(14, "loss_surface", "no image is classified correctly")
-    ends = {"adversarial": subject.white_adv[:probed], "random": _random_end(subject, x)}
+    ends = {"adversarial": subject.white_adv[:probed], "random": random_end(subject, x)}
     found = {name: float(_roughness(subject, x, y, end).median()) for name, end in ends.items()}
     return judged(
-        14, "loss_surface", max(found.values()), warn=WARN, fail=FAIL,
+        14, "loss_surface", largest(found.values()), warn=WARN, fail=FAIL,
         summary="median roughness of the margin along lines of length eps (smooth: near 0, steps or noise: near 2)",
         details=dict(found),
     )  # fmt: skip
 
 
-def _random_end(subject: Subject, x: Tensor) -> Tensor:
+def random_end(subject: Subject, x: Tensor) -> Tensor:
+    """For each image x (B, C, H, W) a point at distance eps in a random direction, clipped to [0, 1]."""
     v = torch.randn(x.shape, generator=subject.problem("surface").generator()).to(x)
-    return (x + subject.threat.eps * (v.sign() if subject.threat.norm == "linf" else v / v.norm())).clamp(0, 1)
+    v = v.sign() if subject.threat.norm == "linf" else v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return (x + subject.threat.eps * v).clamp(0, 1)
 
 
 def _roughness(subject: Subject, x: Tensor, y: Tensor, end: Tensor) -> Tensor:

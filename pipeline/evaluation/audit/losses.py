@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.evaluation import TargetedAttack
-from pipeline.evaluation.attacks import Problem, pgd_on, run_attack
-from pipeline.evaluation.audit.subject import Subject, judged_share
+from pipeline.evaluation.attacks import pgd_on, run_attack
+from pipeline.evaluation.audit.chunks import Attack
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.verdict import judged_share
 from pipeline.evaluation.records import Check
 
 WARN, FAIL = 0.06, 0.12
@@ -29,28 +31,26 @@ def check(subject: Subject) -> Check:
     """Share of examples that cross-entropy leaves correct and another loss fools: a few are normal, many are a mask."""
     left = subject.correct(subject.ce_adv)
     problem = subject.problem("losses", keep=left)
-    found = _attacks(subject, problem) if len(problem.y) else {}
-    each = {f"fooled by {name}": float(subject.fooled([x_adv], problem)) for name, x_adv in found.items()}
-    count = subject.fooled(list(found.values()), problem) if found else 0
+    masks = {name: subject.fooled(attack, problem) for name, attack in _attacks(subject).items()}
+    each: dict[str, float | list[float]] = {f"fooled by {name}": float(mask.sum()) for name, mask in masks.items()}
     return judged_share(
-        7, "losses", count, subject.n, warn=WARN, fail=FAIL,
+        7, "losses", int(torch.stack(list(masks.values())).any(0).sum()), subject.n, warn=WARN, fail=FAIL,
         summary="are correct after PGD on cross-entropy and fooled through another loss",
         details={"accuracy": int(left.sum()) / subject.n, **each},
     )  # fmt: skip
 
 
-def _attacks(subject: Subject, problem: Problem) -> dict[str, Tensor]:
+def _attacks(subject: Subject) -> dict[str, Attack]:
     steps = subject.effort.steps
+    targeted = TargetedAttack(steps=steps, num_targets=subject.effort.num_targets)
+    rescaled = _Rescaled(subject.model)
     with torch.no_grad():
-        num_classes = subject.model(problem.x[:1]).shape[1]
-    found = {
-        "margin": pgd_on(problem, steps=steps, loss="margin"),
-        "rescaled": pgd_on(problem, steps=steps, model=_Rescaled(subject.model)),
-        "targeted": run_attack(
-            TargetedAttack(steps=steps, num_targets=subject.effort.num_targets),
-            problem.model, problem.x, problem.y, problem.threat, seed=problem.seed,
-        )[0],
-    }  # fmt: skip
+        num_classes = subject.model(subject.all_x[:1]).shape[1]
+    found: dict[str, Attack] = {
+        "margin": lambda p: pgd_on(p, steps=steps, loss="margin"),
+        "rescaled": lambda p: pgd_on(p, steps=steps, model=rescaled),
+        "targeted": lambda p: run_attack(targeted, p.model, p.x, p.y, p.threat, seed=p.seed)[0],
+    }
     if num_classes > 2:
-        found["DLR"] = pgd_on(problem, steps=steps, loss="dlr")
+        found["DLR"] = lambda p: pgd_on(p, steps=steps, loss="dlr")
     return found

@@ -4,8 +4,8 @@ Two signs of a broken gradient: images that FGSM fools and PGD does not; and lab
 FGSM with the true label makes the model right on images that it had wrong, or right far more often than PGD leaves it.
 """
 
-from pipeline.evaluation.audit.subject import Subject, judged
-from pipeline.evaluation.blocks import predict
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.verdict import judged
 from pipeline.evaluation.records import Check
 from pipeline.evaluation.stats import Accuracy
 from pipeline.training.attacks import fgsm
@@ -17,10 +17,8 @@ COLLAPSE = 0.3
 
 def check(subject: Subject) -> Check:
     """Figure: the worst of the three shares, as lower ends of their intervals, the collapse beyond its allowance."""
-    threat, model = subject.threat, subject.model
-    one_step = predict(model, fgsm(model, subject.all_x, subject.all_y, eps=threat.eps, norm=threat.norm))
-    right = one_step == subject.all_y
-    clean = subject.clean_correct
+    threat, clean = subject.threat, subject.clean_correct
+    right = ~subject.fooled(lambda p: fgsm(p.model, p.x, p.y, eps=threat.eps, norm=threat.norm), subject.everyone)
     iterated = int(subject.survives.sum())
     only_fgsm = int((~right[clean] & subject.survives).sum())
     repaired = int((right & ~clean).sum())

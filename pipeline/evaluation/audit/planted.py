@@ -5,7 +5,7 @@ one known trick.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.training.attacks import fgsm, pgd
-from sparta_models import build_activation
+from sparta_models import ActivationBank, build_activation, convert
 
 EPS = 0.1
+WIDTH = 16
 LEAKING_EPS = 0.4
 """FGSM training overfits to its own step, and leaks labels, at large radii only on images this small."""
 NUM_TRAIN = 1400
@@ -41,7 +42,7 @@ class Digits:
         return cls(x[:NUM_TRAIN], y[:NUM_TRAIN], x[NUM_TRAIN:], y[NUM_TRAIN:])
 
 
-def small_cnn(activation: Callable[[int], nn.Module], *, width: int = 16) -> nn.Module:
+def small_cnn(activation: Callable[[int], nn.Module], *, width: int = WIDTH) -> nn.Module:
     """Two convolutions and a linear layer for (B, 1, 8, 8)."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1), activation(width),
@@ -151,10 +152,11 @@ def named(name: str, **options: Any) -> Callable[[int], nn.Module]:
 
 @dataclass(frozen=True)
 class Case:
-    """How to make a model, and the radius (linf) at which it is audited."""
+    """How to make a model, the radius (linf) at which it is audited, and how to make its reference, if it has one."""
 
     make: Callable[[Digits], nn.Module]
     eps: float = EPS
+    reference: Callable[[Digits], nn.Module] | None = None
 
 
 def _trick(
@@ -177,11 +179,30 @@ def _network(activation: Callable[[int], nn.Module], adversary: str, *, epochs: 
     return Case(make, eps)
 
 
+def _transferred(digits: Digits) -> nn.Module:
+    """An activation that was trained in one network and frozen into another, which was trained around it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        source, target = (convert(small_cnn(relu), "sparta", input_shape=(1, 8, 8)) for _ in range(2))
+        ActivationBank.from_model(fit(source, digits, adversary="pgd")).apply_to(target, freeze=True)
+        return fit(target, digits, adversary="pgd")
+
+
+def _one_saturated(num_channels: int) -> nn.Module:
+    """Ordinary gates at the first site, saturated ones at the second, which has twice the channels."""
+    return build_activation("sparta", num_channels, beta=1e4 if num_channels > WIDTH else 1.0)
+
+
 HONEST: Mapping[str, Case] = {
     "ReLU": _network(relu, "pgd"),
     "SiLU": _network(named("silu"), "pgd"),
     "Sparta": _network(named("sparta"), "pgd"),
     "Sparta, smooth maximum": _network(named("sparta", variant="smoothmax"), "pgd"),
+    "Sparta, sharp gates": _network(named("sparta", init="relu"), "pgd"),
+    "Sparta, with a reference": replace(
+        _network(named("sparta"), "pgd"), reference=lambda digits: _network(relu, "pgd").make(digits)
+    ),
+    "Sparta, frozen and transferred": Case(_transferred),
     "ReLU, not robust": _network(relu, "none"),
     "Sparta, not robust": _network(named("sparta"), "none"),
 }
@@ -192,7 +213,9 @@ PLANTED: Mapping[str, Case] = {
     "detached input": _trick(before=lambda x: x.detach()),
     "shattered gradient": _trick(before=_Shattered.apply),
     "k-WTA": _network(lambda _: KWTA(0.05), "none"),
+    "k-WTA, adversarially trained": _network(lambda _: KWTA(0.05), "pgd"),
     "saturated gates": _network(named("sparta", beta=1e4), "none"),
+    "one saturated site": _network(_one_saturated, "none"),
     "randomised logits": _trick(after=_noisy),
     "batch-dependent": _network(lambda _: nn.Sequential(BatchCentred(), nn.ReLU()), "none"),
     "label leaking": _network(relu, "fgsm", epochs=40, eps=LEAKING_EPS),

@@ -1,7 +1,7 @@
 """What every check looks at: the model, its correctly classified images, the effort, the white-box result to beat."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.evaluation import ThreatModel
-from pipeline.evaluation.attacks import Problem, pgd_on, worst_of
-from pipeline.evaluation.blocks import derived_seed, predict
+from pipeline.evaluation.attacks import Problem, pgd_on
+from pipeline.evaluation.audit.chunks import Attack, attacked, fooled, predicted, worst
+from pipeline.evaluation.blocks import derived_seed, own_random_state
 from pipeline.evaluation.records import Check
-from pipeline.evaluation.stats import Accuracy
+
+FLOAT32_ONLY = (RuntimeError, TypeError, NotImplementedError)
+"""What a model raises that does not run in float64."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Subject:
     @cached_property
     def clean_correct(self) -> Tensor:
         """(N,) bool."""
-        return predict(self.model, self.all_x) == self.all_y
+        return predicted(self.model, self.all_x) == self.all_y
 
     @cached_property
     def x(self) -> Tensor:
@@ -94,18 +97,30 @@ class Subject:
         x, y = (self.x, self.y) if keep is None else (self.x[keep], self.y[keep])
         return Problem(self.model, x, y, threat or self.threat, derived_seed(self.seed, "audit", label), self.reference)
 
+    @property
+    def everyone(self) -> Problem:
+        """All images, the misclassified too, as an attack problem."""
+        return Problem(self.model, self.all_x, self.all_y, self.threat, self.seed, self.reference)
+
+    def prepare(self) -> None:
+        """Attack once what all checks look at, so that a random model's numbers do not depend on which one is first."""
+        with own_random_state(self.seed):
+            _ = self.survives
+
     @cached_property
     def ce_adv(self) -> Tensor:
         """Plain PGD on cross-entropy, one start: what most papers report; the size of x."""
-        return pgd_on(self.problem("ce"), steps=self.effort.steps)
+        return attacked(lambda part: pgd_on(part, steps=self.effort.steps), self.problem("ce"))
 
     @cached_property
     def white_adv(self) -> Tensor:
         """The white-box attack to beat: per example the worst of PGD on cross-entropy and on the margin."""
-        starts = self.effort.restarts
-        margin = pgd_on(self.problem("margin"), steps=self.effort.steps, restarts=starts, loss="margin")
-        again = pgd_on(self.problem("ce again"), steps=self.effort.steps, restarts=starts)
-        return worst_of(self.model, self.x, self.y, [self.ce_adv, margin, again])
+        steps, starts = self.effort.steps, self.effort.restarts
+        margin = attacked(
+            lambda part: pgd_on(part, steps=steps, restarts=starts, loss="margin"), self.problem("margin")
+        )
+        again = attacked(lambda part: pgd_on(part, steps=steps, restarts=starts), self.problem("ce again"))
+        return worst(self.model, self.x, self.y, [self.ce_adv, margin, again])
 
     @cached_property
     def survives(self) -> Tensor:
@@ -124,71 +139,11 @@ class Subject:
 
     def correct(self, x_adv: Tensor) -> Tensor:
         """Bool over x: whether the model gets its adversarial image right."""
-        return predict(self.model, x_adv) == self.y
+        return predicted(self.model, x_adv) == self.y
 
-    def fooled(self, candidates: Sequence[Tensor], problem: Problem | None = None) -> int:
-        """How many of the survivors (or of the problem's examples) at least one of the candidates fools."""
-        problem = problem or self.survivors
-        if not len(problem.y):
-            return 0
-        x_adv = worst_of(self.model, problem.x, problem.y, list(candidates))
-        return int((predict(self.model, x_adv) != problem.y).sum())
-
-
-def judged(
-    number: int, name: str, figure: float, *, warn: float, fail: float, summary: str,
-    details: dict[str, float | list[float]] | None = None,
-) -> Check:  # fmt: skip
-    """A check whose verdict is where its figure lies; a figure that is not a number fails."""
-    verdict: Literal["pass", "warn", "fail"] = "pass" if figure <= warn else "warn" if figure <= fail else "fail"
-    return Check(
-        number=number, name=name, verdict=verdict, figure=figure, warn_above=warn, fail_above=fail, summary=summary,
-        details=details or {},
-    )  # fmt: skip
-
-
-def judged_share(
-    number: int, name: str, count: int, n: int, *, warn: float, fail: float, summary: str,
-    details: dict[str, float | list[float]] | None = None,
-) -> Check:  # fmt: skip
-    """A check on a share of examples; its figure is the lower end of the 95 % interval: chance does not condemn."""
-    share = Accuracy.of(count, n)
-    return judged(
-        number, name, share.low if count else 0.0, warn=warn, fail=fail,
-        summary=f"{count} of {n} examples {summary}; the figure is the lower end of the interval of this share",
-        details={"count": float(count), "share": share.value, **(details or {})},
-    )  # fmt: skip
-
-
-def skipped(number: int, name: str, reason: str) -> Check:
-    """A check that does not apply."""
-    return Check(
-        number=number,
-        name=name,
-        verdict="skip",
-        figure=None,
-        warn_above=None,
-        fail_above=None,
-        summary=reason,
-        details={},
-    )
-
-
-BEATEN_WARN, BEATEN_FAIL = 0.005, 0.02
-"""An attack that knows less, or follows doctored gradients, must not beat the white-box attack: on more than 2 % of the
-examples it fails, whatever the sample's size (the lower end of the interval is what counts)."""
-
-
-def beats(number: int, name: str, subject: Subject, attacks: dict[str, Tensor], what: str) -> Check:
-    """A check that none of `attacks` (name -> x_adv of the survivors) fools what the white-box attack did not."""
-    each: dict[str, float | list[float]] = {
-        f"fooled by {key}": float(subject.fooled([x_adv])) for key, x_adv in attacks.items()
-    }
-    return judged_share(
-        number, name, subject.fooled(list(attacks.values())) if attacks else 0, subject.n, warn=BEATEN_WARN,
-        fail=BEATEN_FAIL, summary=f"withstand the white-box attack and are fooled by {what}",
-        details={"survivors": float(len(subject.survivors.y)), **each},
-    )  # fmt: skip
+    def fooled(self, attack: Attack, problem: Problem | None = None) -> Tensor:
+        """Bool over the survivors (or the problem's examples): whom the attack fools."""
+        return fooled(attack, problem or self.survivors)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

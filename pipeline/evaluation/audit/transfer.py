@@ -5,24 +5,28 @@ Twins: the reference model (say, the ReLU control), and the same weights with ev
 
 from torch import Tensor
 
-from pipeline.evaluation.attacks import pgd_on
+from pipeline.evaluation.attacks import Problem, pgd_on
+from pipeline.evaluation.audit.chunks import Attack
 from pipeline.evaluation.audit.gates import Parts, gated_sites, gates_replaced
-from pipeline.evaluation.audit.subject import Subject, beats, skipped
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.verdict import beats, skipped
 from pipeline.evaluation.records import Check
 
 
 def check(subject: Subject) -> Check:
     """Share of examples that only a transferred image fools; skipped without a reference and without gates."""
-    problem, steps = subject.survivors, subject.effort.steps
-    has_gates = bool(gated_sites(subject.model))
-    if subject.reference is None and not has_gates:
+    steps, attacks = subject.effort.steps, dict[str, Attack]()
+
+    def on_hard_gates(part: Problem) -> Tensor:
+        with gates_replaced(part.model, _hard):
+            return pgd_on(part, steps=steps, loss="margin")
+
+    if subject.reference is not None:
+        attacks["the reference"] = lambda part: pgd_on(part, steps=steps, loss="margin", model=subject.reference)
+    if gated_sites(subject.model):
+        attacks["hard gates"] = on_hard_gates
+    if not attacks:
         return skipped(5, "transfer", "there is no reference model, and no gate to replace")
-    attacks: dict[str, Tensor] = {}
-    if len(problem.y) and subject.reference is not None:
-        attacks["the reference"] = pgd_on(problem, steps=steps, loss="margin", model=subject.reference)
-    if len(problem.y) and has_gates:
-        with gates_replaced(subject.model, _hard):
-            attacks["hard gates"] = pgd_on(problem, steps=steps, loss="margin")
     return beats(5, "transfer", subject, attacks, "an image made on a twin")
 
 

@@ -1,0 +1,193 @@
+"""Single checks of the audit, on models made so that only the matter at hand can decide."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config.evaluation import ThreatModel
+from pipeline.evaluation import AuditReport, Check, audit
+from pipeline.evaluation.audit import (
+    determinism,
+    equal_cost,
+    frozen,
+    gate_attack,
+    gate_saturation,
+    gradient_census,
+    loss_surface,
+)
+from pipeline.evaluation.audit.bpda import RULES
+from pipeline.evaluation.audit.gates import Parts
+from pipeline.evaluation.audit.planted import small_cnn
+from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.verdict import judged, largest
+from sparta_models import Activation, build_activation
+
+THREAT = ThreatModel(eps=0.1)
+
+
+def subject_of(model, x, y, threat=THREAT) -> Subject:
+    return Subject(model, x, y, threat, "quick", 0, None)
+
+
+def always_wrong(model, x):
+    with torch.no_grad():
+        return (model(x).argmax(1) + 1) % 10
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_random_line_is_as_long_as_eps_for_every_image(norm, robust):
+    x = torch.full((8, 1, 8, 8), 0.5)
+    subject = subject_of(robust, x, torch.zeros(8, dtype=torch.int64), ThreatModel(norm=norm, eps=0.3))
+    delta = (loss_surface.random_end(subject, x) - x).flatten(1)
+    length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    torch.testing.assert_close(length, torch.full((8,), 0.3))
+
+
+class _Unpinned(Activation):
+    """Frozen by name alone: its gate's batch norm follows `.train()`."""
+
+    def __init__(self, num_channels, norm):
+        super().__init__(num_channels)
+        self.norm = norm
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.norm(x))
+
+    def train(self, mode=True):
+        return nn.Module.train(self, mode)
+
+
+class _Pinned(_Unpinned):
+    train = Activation.train
+
+
+class _PinnedMode(_Unpinned):
+    def train(self, mode=True):
+        return nn.Module.train(self, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm", "verdict"),
+    [
+        (_Pinned, lambda: nn.BatchNorm2d(16), "pass"),
+        (_Unpinned, lambda: nn.BatchNorm2d(16, affine=False), "fail"),  # its mode moves
+        (_PinnedMode, lambda: nn.Conv2d(16, 16, 1), "fail"),  # its parameters may learn
+        (_Pinned, lambda: nn.BatchNorm2d(16, track_running_stats=False), "fail"),  # there is nothing to pin
+    ],
+)
+def test_a_frozen_activation_must_keep_its_mode_and_its_statistics(kind, norm, verdict, digits):
+    model = small_cnn(lambda c: kind(c, norm()).freeze() if c == 16 else nn.ReLU()).eval()
+    found = frozen.check(subject_of(model, digits.test_x[:4], digits.test_y[:4]))
+    assert found.verdict == verdict
+    assert not any(module.training for module in model.modules())
+
+
+def test_one_saturated_site_of_nine_is_not_lost_in_the_mean(digits):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1)]
+    for i in range(9):
+        layers += [build_activation("sparta", 4, beta=1e4 if i == 4 else 1.0), nn.Conv2d(4, 4, 3, padding=1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 10)).eval()
+    with torch.no_grad():
+        y = model(digits.test_x[:16]).argmax(1)
+    found = gate_saturation.check(subject_of(model, digits.test_x[:16], y))
+    assert sum(found.details["saturated, by site"]) / 9 < gate_saturation.WARN
+    assert found.verdict == "fail"
+    assert "number 5 of 9" in found.summary
+
+
+def test_the_largest_figure_is_not_a_number_where_any_is_none():
+    nan = float("nan")
+    assert largest([1.0, 3.0, 2.0]) == 3.0
+    for figures in ([nan, 1.0], [1.0, nan, 2.0], [1.0, nan]):
+        assert largest(figures) != largest(figures)
+    assert judged(1, "x", largest([0.0, nan]), warn=1, fail=2, summary="").verdict == "fail"
+
+
+def test_logits_that_are_no_numbers_for_a_lone_image_fail_determinism(robust, digits):
+    class NotAlone(nn.Module):
+        def forward(self, x):
+            return robust(x) if len(x) > 1 else robust(x) * float("nan")
+
+    assert determinism.check(subject_of(NotAlone(), digits.test_x[:4], digits.test_y[:4])).verdict == "fail"
+
+
+def test_a_loss_that_is_no_number_in_a_random_direction_fails_its_surface(robust, digits):
+    x = digits.test_x[:8]
+
+    class OnlyThere(nn.Module):
+        def forward(self, z):
+            return robust(z) if torch.equal(z, x) else robust(z) * float("nan")
+
+    with torch.no_grad():
+        subject = subject_of(OnlyThere(), x, robust(x).argmax(1))
+    subject.__dict__["white_adv"] = x  # the attack gets nowhere: that line has no roughness
+    found = loss_surface.check(subject)
+    assert found.details["adversarial"] == 0
+    assert found.verdict == "fail"
+
+
+def test_checks_over_correct_images_are_skipped_where_there_are_none(gated, digits):
+    x = digits.test_x[:8]
+    subject = subject_of(gated, x, always_wrong(gated, x))
+    assert gradient_census.check(subject).verdict == gate_saturation.check(subject).verdict == "skip"
+
+
+def test_the_audit_of_a_gated_model_that_is_always_wrong_is_read_back_as_written(gated, digits):
+    x = digits.test_x[:16]
+    report = audit(gated, x, always_wrong(gated, x), ThreatModel(eps=0.001), "quick", seed=3)
+    assert {"gradient_census", "gate_saturation"} <= {c.name for c in report.checks if c.verdict == "skip"}
+    assert AuditReport.model_validate_json(report.model_dump_json()) == report
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_a_doctored_backward_pass_leaves_the_forward_pass_as_it_is(name):
+    g = torch.linspace(-3e7, 3e7, 1001)
+    parts = Parts(torch.zeros_like(g), torch.ones_like(g), g)
+    assert torch.equal(RULES[name](0, parts), torch.sigmoid(g))
+
+
+def test_a_network_that_runs_in_float32_alone_is_set_beside_the_gate_without_its_cost(gated, robust, digits):
+    class Float32Only(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            if x.dtype != torch.float32:
+                raise TypeError("float32 alone")
+            return self.inner(x)
+
+    x, y = digits.test_x[:8], digits.test_y[:8]
+    check = Check(
+        number=15,
+        name="random_gate",
+        verdict="pass",
+        figure=0.0,
+        warn_above=0.1,
+        fail_above=0.2,
+        summary="",
+        details={},
+    )
+    for model, other in ((gated, Float32Only(robust)), (Float32Only(gated), robust)):
+        subject = Subject(model, x, y, THREAT, "quick", 0, None, {"other": other})
+        found = equal_cost.beside_equal_cost(subject, check)
+        assert "a cost that could not be counted" in found.summary
+        assert "robust, other" in found.details
+        assert "cost, other" not in found.details
+
+
+def test_nobody_is_impersonated_where_all_images_are_of_one_class(gated, digits):
+    x = digits.test_x[digits.test_y == 3][:8]
+    found = gate_attack.check(subject_of(gated, x, torch.full((8,), 3)))
+    assert "fooled by displace" in found.details
+    assert "fooled by impersonate" not in found.details
+
+
+def test_a_report_says_seed_and_reference_and_an_older_one_is_still_read(robust, gated, digits):
+    x, y = digits.test_x[:4], digits.test_y[:4]
+    report = audit(gated, x, y, THREAT, "quick", seed=7, reference=robust)
+    assert report.seed == 7
+    assert report.reference_digest not in (None, report.model_digest)
+    older = report.model_dump(mode="json", exclude={"seed", "reference_digest"})
+    assert AuditReport.model_validate(older).reference_digest is None
