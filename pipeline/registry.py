@@ -27,7 +27,7 @@ CHAMPION = "champion"
 
 
 class RefusedError(Exception):
-    """A promotion that the gate does not allow."""
+    """A promotion that the gate does not allow, or that would go round it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     promote.add_argument("--evaluation", type=Path, required=True, metavar="DIR", help="evaluation of that network")
     promote.add_argument("--control", type=Path, required=True, metavar="DIR", help="evaluation of its ReLU control")
+    promote.add_argument("--control-network", type=Path, required=True, metavar="DIR", help="its model directory")
     promote.add_argument("--promote-anyway", metavar="REASON", help="promote against the gate, and record who and why")
     promote.set_defaults(run=_promote)
     return parser
@@ -111,6 +112,8 @@ def _pull(registry: Registry, options: argparse.Namespace) -> None:
 def _push(registry: Registry, options: argparse.Namespace) -> None:
     from sparta_models import ActivationBank
 
+    if options.alias.lower() == CHAMPION:
+        raise RefusedError(f"expected another alias than {CHAMPION}: push a candidate, then `promote` it with evidence")
     bank = ActivationBank.load(options.directory)
     tags = dict(_pair(text) for text in options.tag)
     own = {"activation": bank.spec.name, "architecture": bank.architecture, "digest": bank.digest}
@@ -128,44 +131,56 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _promote(registry: Registry, options: argparse.Namespace) -> None:
-    from pipeline.evaluation.promotion import paired_gain, promotion_verdict
+    from pipeline.evaluation.promotion import control_reasons, paired_gain, promotion_verdict
     from pipeline.evaluation.records import Evaluation
 
     found = registry.resolve(options.reference)
     evaluation, control = Evaluation.load(options.evaluation), Evaluation.load(options.control)
-    _check_network(registry, found, options.network, evaluation.model_digest)
+    _require_weights(options.network, evaluation.model_digest)
+    _require_weights(options.control_network, control.model_digest)
+    _require_activation(registry, found, options.network)
     paired = paired_gain(options.evaluation, options.control)
     verdict = promotion_verdict(evaluation, control, evaluation.audit, paired=paired)
-    if not verdict.allowed and not options.promote_anyway:
-        reasons = "\n".join(f"  - {reason}" for reason in verdict.reasons)
-        raise RefusedError(f"{found.reference} stays what it is:\n{reasons}\n(--promote-anyway REASON overrides this)")
-    tags = {
-        "promotion": verdict.statement,
-        "promoted_by": getpass.getuser(),
-        "evaluated_weights": evaluation.model_digest,
-    }
-    if not verdict.allowed:
-        tags |= {"promoted_anyway": options.promote_anyway, "promotion_refused": "; ".join(verdict.reasons)}
+    reasons = [*verdict.reasons, *control_reasons(options.network, options.control_network)]
+    if reasons and not options.promote_anyway:
+        listed = "\n".join(f"  - {reason}" for reason in reasons)
+        raise RefusedError(f"{found.reference} stays what it is:\n{listed}\n(--promote-anyway REASON overrides this)")
+    tags = {"promotion": verdict.statement, "promoted_by": _user(), "evaluated_weights": evaluation.model_digest}
+    if reasons:
+        tags |= {"promoted_anyway": options.promote_anyway, "promotion_refused": "; ".join(reasons)}
+    else:
+        registry.remove_tags(found.reference, ("promoted_anyway", "promotion_refused"))
     registry.set_tags(found.reference, tags)
     registry.set_alias(found.reference, CHAMPION)
     print(f"{found.reference} is @{CHAMPION}: {verdict.statement}")
 
 
-def _check_network(registry: Registry, found: Activation, network: Path, evaluated: str) -> None:
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user, whom no passwd file knows
+        return f"uid {os.getuid()}"
+
+
+def _require_weights(network: Path, evaluated: str) -> None:
+    from pipeline.evaluation.blocks import model_digest
+    from pipeline.training import load_model
+
+    if model_digest(load_model(network)) != evaluated:
+        raise ValueError(f"expected the evaluation to be of the weights in {network}, got one of other weights")
+
+
+def _require_activation(registry: Registry, found: Activation, network: Path) -> None:
     """What was evaluated must be a network that holds exactly the registered activation."""
     from tempfile import TemporaryDirectory
 
-    from pipeline.evaluation.blocks import model_digest
     from pipeline.training import load_model
     from sparta_models import ActivationBank
 
-    model = load_model(network)
-    if model_digest(model) != evaluated:
-        raise ValueError(f"expected the evaluation to be of the weights in {network}, got one of other weights")
     with TemporaryDirectory() as scratch:
         registry.pull(found.reference, Path(scratch) / "bank")
         bank = ActivationBank.load(Path(scratch) / "bank")
-    if ActivationBank.from_model(model).digest != bank.digest:
+    if ActivationBank.from_model(load_model(network)).digest != bank.digest:
         raise ValueError(f"expected {network} to hold the activation of {found.reference}, got another one")
 
 

@@ -200,7 +200,7 @@ class CurveConfig(Section):
     steps: int = Field(default=20, ge=1)
     """Gradient steps at each radius."""
     num_examples: int | None = Field(default=None, ge=1)
-    """Only the first so many test images; none means all that are evaluated."""
+    """Only so many of the test images, the same for every model; none means all that are evaluated."""
 
 
 FULL_AUDIT_EXAMPLES = 1000
@@ -235,7 +235,7 @@ class EvaluationConfig(Section):
     curve: CurveConfig = CurveConfig()
     """Robust accuracy against eps."""
     num_examples: int | None = Field(default=None, ge=1)
-    """Only the first so many test images; none means the whole test split."""
+    """Only so many test images, drawn once and the same for every model; none means the whole test split."""
     block_size: int = Field(default=256, ge=1)
     """Images attacked together. Random numbers are drawn by block: results depend on its size, not on the workers."""
     num_pictures: int = Field(default=8, ge=0)

@@ -5,18 +5,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from pipeline.config.evaluation import SUITES, EvaluationConfig
 from pipeline.evaluation.audit.confusion import confusion_table
-from pipeline.evaluation.blocks import load_arrays, predict
-from pipeline.evaluation.promotion import promotion_verdict
+from pipeline.evaluation.blocks import evaluating, load_arrays, predict
+from pipeline.evaluation.promotion import paired_gain, promotion_verdict
 from pipeline.evaluation.records import Evaluation
 from pipeline.evaluation.sources import FORMS, open_data, open_model
-from pipeline.evaluation.stats import Accuracy, mcnemar
+from pipeline.evaluation.stats import Accuracy
 from pipeline.evaluation.suite import evaluate
 from pipeline.evaluation.text import describe
 
@@ -70,9 +69,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and evaluation.npz")
     parser.add_argument("--norm", default="linf", help="linf or l2")
     parser.add_argument("--eps", default="8/255", help="radius in pixel units of images in [0, 1]")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NORM:EPS", help="another adversary beside it, e.g. l2:0.5"
+    )
     parser.add_argument("--attacks", default="standard", help=f"suite: {', '.join(SUITES)}")
     parser.add_argument("--audit", default="quick", help="off, quick or full")
-    parser.add_argument("--num-examples", type=int, help="only the first so many test images")
+    parser.add_argument("--num-examples", type=int, help="only so many test images, the same for every model")
     parser.add_argument("--reference", help="model for transfer attacks: a directory or module:function")
     parser.add_argument(
         "--matched", action="append", default=[], metavar="NAME=MODEL", help="network of equal cost, for check 15"
@@ -88,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> None:
         {
             "threat": {"norm": arguments.norm, "eps": arguments.eps},
             "attacks": arguments.attacks,
+            "other_threats": [_threat(text) for text in arguments.also],
             "num_examples": arguments.num_examples,
             "save_adversarial": arguments.save_adversarial,
             "audit": {"budget": arguments.audit},
@@ -105,6 +108,13 @@ def _run(arguments: argparse.Namespace) -> None:
     print(describe(result))
 
 
+def _threat(text: str) -> dict[str, str]:
+    norm, separator, eps = text.partition(":")
+    if not norm or not separator:
+        raise ValueError(f"expected --also NORM:EPS, e.g. l2:0.5, got {text!r}")
+    return {"norm": norm, "eps": eps}
+
+
 def _named_model(text: str, device: str) -> tuple[str, nn.Module]:
     name, separator, source = text.partition("=")
     if not name or not separator:
@@ -120,22 +130,22 @@ def _judge(arguments: argparse.Namespace) -> None:
         arguments.model, network=arguments.network, registry_root=arguments.registry_root, device=arguments.device
     )
     x_adv, y = torch.from_numpy(arrays["x_adv"]).float(), torch.from_numpy(arrays["y"]).long()
-    predicted = torch.cat([predict(model, part.to(arguments.device)).cpu() for part in torch.split(x_adv, 256)])
+    with evaluating(model):
+        predicted = torch.cat([predict(model, part.to(arguments.device)).cpu() for part in torch.split(x_adv, 256)])
     print(f"accuracy on {arguments.file}: {Accuracy.of(int((predicted == y).sum()), len(y))}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    evaluations = [Evaluation.load(path) for path in (arguments.candidate, arguments.control)]
-    arrays = [e.arrays(path) for e, path in zip(evaluations, (arguments.candidate, arguments.control), strict=True)]
-    paired = None
-    if np.array_equal(arrays[0]["y"], arrays[1]["y"]):
-        for name in ("clean", "union"):
-            a, b = (found[f"correct/{name}"].astype(bool) for found in arrays)
-            paired = mcnemar(a, b)
+    candidate, control = Evaluation.load(arguments.candidate), Evaluation.load(arguments.control)
+    for name in ("clean", "union"):
+        if paired := paired_gain(arguments.candidate, arguments.control, name):
             print(f"{name}: candidate minus control {paired}")
-    verdict = promotion_verdict(evaluations[0], evaluations[1], evaluations[0].audit, paired=paired)
+    verdict = promotion_verdict(candidate, control, candidate.audit, paired=paired)
     print(verdict.statement)
-    print("promotion: allowed" if verdict.allowed else "promotion: refused\n  " + "\n  ".join(verdict.reasons))
+    if verdict.allowed:
+        print("promotion: allowed, if the control is a ReLU network of the candidate's architecture")
+    else:
+        print("promotion: refused\n  " + "\n  ".join(verdict.reasons))
 
 
 def _confusion(arguments: argparse.Namespace) -> None:

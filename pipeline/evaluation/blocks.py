@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,27 @@ from pipeline.artifacts import canonical
 from pipeline.config.evaluation import AttackConfig, EvaluationConfig, PGDAttack, ThreatModel, TransferAttack
 from pipeline.data.errors import UNREADABLE_NPZ
 from pipeline.evaluation.attacks import run_attack
+from pipeline.evaluation.sample import Positions
 
 Arrays = dict[str, npt.NDArray[np.generic]]
+Mask = npt.NDArray[np.bool_]
+CODE = "code_sha256"
+"""Attribute of a model that is a user's own: the digest of its code, which its tensors do not show."""
+
+
+class Block(NamedTuple):
+    """Test images that are attacked together."""
+
+    number: int
+    """Which of the evaluation's blocks; every random number depends on it."""
+    positions: Positions
+    """(B,) positions in the test split."""
+    in_curve: Mask
+    """(B,) whether each is one of the images of the curve."""
+    x: Tensor
+    """(B, C, H, W) in [0, 1], on the model's device."""
+    y: Tensor
+    """(B,) labels."""
 
 
 @contextmanager
@@ -51,8 +71,9 @@ def own_random_state(seed: int) -> Iterator[None]:
 
 
 def model_digest(model: nn.Module) -> str:
-    """sha256 over the class names and every tensor of the state_dict: names, dtypes, shapes and bytes."""
+    """sha256 over the class names, CODE where it is set, and the state_dict's tensors: name, dtype, shape and bytes."""
     state = hashlib.sha256("/".join(type(module).__qualname__ for module in model.modules()).encode())
+    state.update(str(getattr(model, CODE, "")).encode())
     for name, tensor in model.state_dict().items():
         state.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -117,39 +138,44 @@ class _Cascade:
 
 
 def _require_inside(x_adv: Tensor, x: Tensor, threat: ThreatModel, name: str) -> None:
+    broken = int((~x_adv.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise ValueError(
+            f"expected images from attack {name}, got values that are not finite in {broken} of {len(x)}: the model's "
+            "gradient is not a number there; find out where (torch.autograd.set_detect_anomaly), and evaluate again"
+        )
     delta = (x_adv - x).flatten(1)
     size = (delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)).max().item()
-    if size > threat.eps * (1 + 1e-4) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
+    if not (size <= threat.eps * (1 + 1e-4) + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1):
         raise AssertionError(f"attack {name} left the ball or the box: |delta| = {size}, eps = {threat.eps}")
 
 
 def judge_block(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    config: EvaluationConfig,
-    *,
-    seed: int,
-    block: int,
-    reference: nn.Module | None,
+    model: nn.Module, block: Block, config: EvaluationConfig, *, seed: int, reference: nn.Module | None
 ) -> Arrays:
     """All attacks, the other threats and the curve on one block.
 
     Args:
         model: logits (B, num_classes) from x in [0, 1].
-        x, y: images (B, C, H, W) and labels (B,), on the model's device.
+        block: the images.
         config: the suite.
-        seed, block: decide every random number.
+        seed: with the block's number it decides every random number.
         reference: model for transfer attacks.
 
     Returns:
-        Arrays over the block: y, predicted, correct/..., curve/<i>, picture/..., x and x_adv, and the warnings.
+        Arrays over the block: index (in the test split), y, predicted, correct/..., curve/<i> (of the curve's images
+        alone), picture/..., x and x_adv, and the warnings.
+
+    Raises:
+        ValueError: an attack met a gradient that is not a number.
     """
-    with evaluating(model), own_random_state(derived_seed(seed, "model", block)):
+    x, y, number = block.x, block.y, block.number
+    with evaluating(model), own_random_state(derived_seed(seed, "model", number)):
         model = attackable(model, x)
         predicted = predict(model, x)
         clean = predicted == y
         found: Arrays = {
+            "index": block.positions,
             "y": y.cpu().numpy(),
             "predicted": predicted.cpu().numpy(),
             "correct/clean": clean.cpu().numpy(),
@@ -159,16 +185,16 @@ def judge_block(
             if isinstance(attack, TransferAttack) and reference is None:
                 main.warnings.append(f"{attack.name}: skipped, there is no reference model")
                 continue
-            found[f"correct/{attack.name}"] = main.run(attack, derived_seed(seed, attack.name, block), reference)
+            found[f"correct/{attack.name}"] = main.run(attack, derived_seed(seed, attack.name, number), reference)
         found["correct/union"] = main.correct.cpu().numpy()
         warnings = list(main.warnings)
         for threat in config.other_threats:
             other = _Cascade(model, x, y, clean, threat)
             for attack in OTHER_ATTACKS:
                 key = f"{threat.label}/{attack.name}"
-                found[f"correct/{key}"] = other.run(attack, derived_seed(seed, key, block), reference)
-        found.update(_curve(model, x, y, clean, config, seed=seed, block=block))
-        found.update(_pictures(main, predict(model, main.x_adv), config, block))
+                found[f"correct/{key}"] = other.run(attack, derived_seed(seed, key, number), reference)
+        found.update(_curve(model, block, clean, config, seed=seed))
+        found.update(_pictures(main, clean, predict(model, main.x_adv), config, block.positions))
     found["warnings"] = np.array(sorted(set(warnings)), dtype=np.str_)
     return found
 
@@ -176,27 +202,28 @@ def judge_block(
 OTHER_ATTACKS: tuple[PGDAttack, ...] = (PGDAttack(steps=20), PGDAttack(steps=50, loss="margin"))
 
 
-def _curve(
-    model: nn.Module, x: Tensor, y: Tensor, clean: Tensor, config: EvaluationConfig, *, seed: int, block: int
-) -> Arrays:
+def _curve(model: nn.Module, block: Block, clean: Tensor, config: EvaluationConfig, *, seed: int) -> Arrays:
     """An example fooled at one radius is fooled at every larger one, so only survivors are attacked again."""
-    first = block * config.block_size
-    keep = len(x) if config.curve.num_examples is None else max(0, min(len(x), config.curve.num_examples - first))
-    x, y, correct = x[:keep], y[:keep], clean[:keep]
+    keep = torch.from_numpy(block.in_curve).to(block.x.device)
+    x, y, correct = block.x[keep], block.y[keep], clean[keep]
     found: Arrays = {}
     attack = PGDAttack(steps=config.curve.steps, loss="margin")
     for i, multiple in enumerate(config.curve.multiples):
         cascade = _Cascade(model, x, y, correct, config.threat.scaled(multiple))
-        found[f"curve/{i}"] = cascade.run(attack, derived_seed(seed, "curve", multiple, block), None)
+        found[f"curve/{i}"] = cascade.run(attack, derived_seed(seed, "curve", multiple, block.number), None)
         correct = cascade.correct
     return found
 
 
-def _pictures(cascade: _Cascade, predicted: Tensor, config: EvaluationConfig, block: int) -> Arrays:
-    fooled = (cascade.y != predicted).nonzero().flatten().cpu().numpy()
-    chosen = torch.from_numpy(diverse(cascade.y.cpu().numpy(), fooled, config.num_pictures)).to(cascade.x.device)
+def _pictures(
+    cascade: _Cascade, clean: Tensor, predicted: Tensor, config: EvaluationConfig, index: Positions
+) -> Arrays:
+    right = clean.nonzero().flatten().cpu().numpy()
+    fooled = (predicted != cascade.y).cpu().numpy()
+    picked = right[pictured(cascade.y.cpu().numpy()[right], fooled[right], config.num_pictures)]
+    chosen = torch.from_numpy(picked).to(cascade.x.device)
     found: Arrays = {
-        "picture/index": chosen.cpu().numpy() + block * config.block_size,
+        "picture/index": index[picked],
         "picture/x": cascade.x[chosen].cpu().numpy(),
         "picture/x_adv": cascade.x_adv[chosen].cpu().numpy(),
         "picture/y": cascade.y[chosen].cpu().numpy(),
@@ -207,8 +234,17 @@ def _pictures(cascade: _Cascade, predicted: Tensor, config: EvaluationConfig, bl
     return found
 
 
-def diverse(y: npt.NDArray[np.int64], candidates: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Up to `count` of `candidates` (indices into `y`), one of each class before the second of any."""
+def pictured(y: npt.NDArray[np.int64], fooled: Mask, count: int) -> Positions:
+    """Which of the images classified correctly, of labels y (N,), are shown: up to `count` of them.
+
+    Those that the attack changed the class of come first, then those that withstood it; of either, one of each class
+    before the second of any.
+    """
+    chosen = _diverse(y, np.flatnonzero(fooled), count)
+    return np.concatenate([chosen, _diverse(y, np.flatnonzero(~fooled), count - len(chosen))])
+
+
+def _diverse(y: npt.NDArray[np.int64], candidates: Positions, count: int) -> Positions:
     seen: Counter[int] = Counter()
     rank = []
     for label in y[candidates].tolist():

@@ -46,7 +46,10 @@ class _Collector(logging.Handler):
 @contextmanager
 def _contained(device: torch.device) -> Iterator[list[str]]:
     logger, collector, trace = logging.getLogger("auto-attack"), _Collector(), sys.gettrace()
-    propagate, logger.propagate = logger.propagate, False
+    before = logger.propagate, logger.disabled, logger.level
+    # Its warnings are a result: no setting of the application's may keep them away.
+    logger.propagate, logger.disabled = False, False
+    logger.setLevel(logging.WARNING)
     logger.addHandler(collector)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -54,7 +57,8 @@ def _contained(device: torch.device) -> Iterator[list[str]]:
     finally:
         sys.settrace(trace)
         logger.removeHandler(collector)
-        logger.propagate = propagate
+        logger.propagate, logger.disabled, level = before
+        logger.setLevel(level)
 
 
 def square(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, num_queries: int, seed: int) -> Tensor:

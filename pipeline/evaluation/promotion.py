@@ -6,6 +6,9 @@ from pipeline.config.base import Section
 from pipeline.config.evaluation import FULL_AUDIT_EXAMPLES
 from pipeline.evaluation.records import ARRAYS, AuditReport, Evaluation
 from pipeline.evaluation.stats import Difference, difference, mcnemar
+from pipeline.training.files import read_directory
+from pipeline.training.model_io import ModelMeta, load_model
+from sparta_models import ACTIVATIONS, Activation
 
 
 class PromotionVerdict(Section):
@@ -26,14 +29,16 @@ def promotion_verdict(
 ) -> PromotionVerdict:
     """Allow promotion when the audit passed at full budget, AutoAttack was run, and the control is not better.
 
+    The records do not say what networks they are of: see `control_reasons`.
+
     Args:
         evaluation: of a network with the candidate activation.
         control: of the ReLU network of equal budget, on the same data under the same threat and attacks.
         audit: of the candidate; by default `evaluation.audit` is what to pass.
         paired: mcnemar() over the two unions, where the per-example arrays are at hand: a narrower interval.
     """
-    reasons = [*_audit_reasons(evaluation, audit), *_attack_reasons(evaluation, "the candidate")]
-    reasons += _attack_reasons(control, "the control")
+    reasons = [*_audit_reasons(evaluation, audit), *_sample_reasons(evaluation)]
+    reasons += [*_attack_reasons(evaluation, "the candidate"), *_attack_reasons(control, "the control")]
     mismatch = _mismatch(evaluation, control)
     if mismatch:
         reasons.append(f"candidate and control cannot be compared: {mismatch}")
@@ -47,8 +52,33 @@ def promotion_verdict(
     return PromotionVerdict(allowed=not reasons, reasons=tuple(reasons), gain=gain, statement=statement)
 
 
-def paired_gain(candidate: Path, control: Path) -> Difference | None:
-    """Paired difference of the robust accuracies in two evaluation directories; None without the same images in both.
+def control_reasons(candidate: Path, control: Path) -> list[str]:
+    """Why the network saved in `control` is no ReLU control of the one saved in `candidate`; empty where it is.
+
+    Raises:
+        ValueError: one of the directories is missing, incomplete or altered.
+    """
+    reasons = []
+    kinds = {type(module) for module in load_model(control).modules() if isinstance(module, Activation)}
+    if kinds != {ACTIVATIONS["relu"]}:
+        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no activation"
+        reasons.append(f"expected ReLU at every site of the control, got {found}")
+    ours, theirs = (
+        ModelMeta.model_validate(read_directory(path, record="model.json")[1]) for path in (candidate, control)
+    )
+    if (ours.name, ours.options) != (theirs.name, theirs.options):
+        reasons.append(
+            f"expected a control of the candidate's architecture, {ours.name} {ours.options}, "
+            f"got {theirs.name} {theirs.options}"
+        )
+    return reasons
+
+
+def paired_gain(candidate: Path, control: Path, what: str = "union") -> Difference | None:
+    """Paired difference of the robust accuracies (`what`: of the clean ones) in two evaluation directories.
+
+    Returns:
+        None where they are not over the same images, or the arrays of one are not there.
 
     Raises:
         ValueError: the arrays of one are altered.
@@ -58,11 +88,8 @@ def paired_gain(candidate: Path, control: Path) -> Difference | None:
     same = records[0].data_digest == records[1].data_digest and records[0].n == records[1].n
     if not same or not all((directory / ARRAYS).is_file() for directory in directories):
         return None
-    a, b = (
-        record.arrays(directory)["correct/union"].astype(bool)
-        for record, directory in zip(records, directories, strict=True)
-    )
-    return mcnemar(a, b)
+    a, b = (record.arrays(directory) for record, directory in zip(records, directories, strict=True))
+    return mcnemar(a[f"correct/{what}"].astype(bool), b[f"correct/{what}"].astype(bool))
 
 
 def _audit_reasons(evaluation: Evaluation, audit: AuditReport | None) -> list[str]:
@@ -87,6 +114,16 @@ def _audit_reasons(evaluation: Evaluation, audit: AuditReport | None) -> list[st
     return reasons
 
 
+def _sample_reasons(evaluation: Evaluation) -> list[str]:
+    wanted = min(FULL_AUDIT_EXAMPLES, evaluation.split_size)
+    if evaluation.n >= wanted:
+        return []
+    return [
+        f"expected at least {wanted} of the {evaluation.split_size} test images, got {evaluation.n}: "
+        "leave evaluation.num_examples unset, or raise it"
+    ]
+
+
 def _attack_reasons(evaluation: Evaluation, who: str) -> list[str]:
     if any(result.name == "autoattack" for result in evaluation.attacks):
         return []
@@ -94,13 +131,17 @@ def _attack_reasons(evaluation: Evaluation, who: str) -> list[str]:
 
 
 def _mismatch(evaluation: Evaluation, control: Evaluation) -> str | None:
-    """What the two evaluations do not share, in words."""
-    if evaluation.data_digest != control.data_digest:
-        return f"other data ({evaluation.dataset} and {control.dataset})"
-    if evaluation.config.threat != control.config.threat:
-        return f"other threats ({evaluation.config.threat.label} and {control.config.threat.label})"
-    if evaluation.config.attacks != control.config.attacks:
-        return "other attacks, or in other strength"
-    if evaluation.n != control.n:
-        return f"other numbers of examples ({evaluation.n} and {control.n})"
-    return None
+    """What the two evaluations do not share, or why they are no pair, in words."""
+    a, b = evaluation, control
+    ran = [", ".join(result.name for result in found.attacks) for found in (a, b)]
+    references = (a.reference_digest, b.reference_digest)
+    conditions = (
+        (a.model_digest != b.model_digest, "they are of the same weights"),
+        (a.data_digest == b.data_digest, f"other data ({a.dataset} and {b.dataset})"),
+        (a.config.threat == b.config.threat, f"other threats ({a.config.threat.label} and {b.config.threat.label})"),
+        (a.config.attacks == b.config.attacks, "other attacks, or in other strength"),
+        (ran[0] == ran[1], f"other attacks ran ({ran[0]} and {ran[1]})"),
+        (references == (b.model_digest, a.model_digest), "each needs the other as its reference (--reference)"),
+        (a.n == b.n, f"other numbers of examples ({a.n} and {b.n})"),
+    )
+    return next((reason for holds, reason in conditions if not holds), None)

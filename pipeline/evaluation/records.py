@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.artifacts import digest_file, write_atomic
 from pipeline.config.base import Section
@@ -14,10 +14,17 @@ from pipeline.evaluation.stats import Accuracy
 
 RECORD = "evaluation.json"
 ARRAYS = "evaluation.npz"
+SCHEMA = 2
 Verdict = Literal["pass", "warn", "fail", "skip"]
 
 
-class AttackResult(Section):
+class _Record(Section):
+    """A section whose numbers may be NaN or infinite, in its file too: JSON as Python writes it."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+
+class AttackResult(_Record):
     """One attack of the cascade."""
 
     name: str
@@ -32,7 +39,7 @@ class AttackResult(Section):
     """Robust accuracy after this attack and all before it, over all examples."""
 
 
-class CurvePoint(Section):
+class CurvePoint(_Record):
     """Robust accuracy at one radius."""
 
     eps: float
@@ -41,7 +48,7 @@ class CurvePoint(Section):
     """Accuracy under PGD on the margin at this radius and all smaller ones."""
 
 
-class ClassResult(Section):
+class ClassResult(_Record):
     """One class."""
 
     name: str
@@ -52,7 +59,7 @@ class ClassResult(Section):
     """Share of its examples that no attack fooled."""
 
 
-class Check(Section):
+class Check(_Record):
     """One audit check."""
 
     number: int
@@ -73,7 +80,7 @@ class Check(Section):
     """Further numbers, e.g. histograms."""
 
 
-class AuditReport(Section):
+class AuditReport(_Record):
     """All checks on one model."""
 
     budget: Literal["quick", "full"]
@@ -82,8 +89,12 @@ class AuditReport(Section):
     """Examples that the checks looked at."""
     threat: ThreatModel
     """The adversary."""
+    seed: int | None = None
+    """Of every random number in it; none in records of before it was noted."""
     model_digest: str
     """Digest of the weights that were audited."""
+    reference_digest: str | None = None
+    """Digest of the weights of the reference model, for check 5; none without one."""
     checks: tuple[Check, ...]
     """In their order."""
     matched: dict[str, str] = Field(default_factory=dict)
@@ -100,10 +111,10 @@ class AuditReport(Section):
         return tuple(check.name for check in self.checks if check.verdict == "fail")
 
 
-class Evaluation(Section):
+class Evaluation(_Record):
     """How good a model is, clean and under attack."""
 
-    schema_version: int = 1
+    schema_version: int = SCHEMA
     """Of this record."""
     dataset: str
     """Name of the data set."""
@@ -118,7 +129,9 @@ class Evaluation(Section):
     config: EvaluationConfig
     """What was asked for."""
     n: int
-    """Test examples."""
+    """Test examples that were judged."""
+    split_size: int
+    """Test examples that there are."""
     clean: Accuracy
     """Accuracy on the images as they are."""
     attacks: tuple[AttackResult, ...]
@@ -137,6 +150,13 @@ class Evaluation(Section):
     """Of the arrays beside this record."""
     audit: AuditReport | None = None
     """The gradient-masking audit."""
+
+    @field_validator("schema_version")
+    @classmethod
+    def _is_known(cls, version: int) -> int:
+        if version != SCHEMA:
+            raise ValueError(f"expected schema {SCHEMA}, got {version}; evaluate the model again")
+        return version
 
     def attack(self, name: str) -> AttackResult:
         """The result of one attack; ValueError names the known ones."""
@@ -157,10 +177,11 @@ class Evaluation(Section):
         except FileNotFoundError:
             raise ValueError(f"expected {RECORD} in {directory}, found none: evaluate the model first") from None
         except ValidationError as error:
-            raise ValueError(f"{directory / RECORD} is not an evaluation: {error.errors()[0]['msg']}") from error
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{directory / RECORD} is not an evaluation: {reason}") from error
 
     def arrays(self, directory: Path) -> dict[str, npt.NDArray[np.generic]]:
-        """The verified arrays beside the record: y, predicted, correct/..., picture/..., x and x_adv where kept."""
+        """The verified arrays beside the record: index, y, predicted, correct/..., picture/..., x, x_adv where kept."""
         path = directory / ARRAYS
         if not path.is_file() or digest_file(path).sha256 != self.arrays_sha256:
             raise ValueError(

@@ -1,10 +1,12 @@
 """Where a model and its test images come from: a directory, the registry, or a function of the user's own."""
 
+import hashlib
 import importlib
 import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 from pipeline.config.data import DataConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.data import PreparedData, prepare
+from pipeline.evaluation.blocks import CODE
 from pipeline.training.model_io import load_model
 from sparta_models import ActivationBank
 
@@ -69,13 +72,23 @@ def _from_function(source: str) -> nn.Module:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Any = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"expected a function {source!r} that can be imported from here, got: {error}") from error
     model = function() if callable(function) and not isinstance(function, nn.Module) else function
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected {source!r} to return a torch.nn.Module, got {type(model).__name__}")
+    setattr(model, CODE, _code_sha256(model, {module_name, getattr(function, "__module__", module_name)}))
     return model
+
+
+def _code_sha256(model: nn.Module, modules: set[str]) -> str:
+    """Digest of the files of `modules` and of the model's classes, and of the model in print."""
+    own = modules | {type(part).__module__ for part in model.modules()}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in own if name.partition(".")[0] != "torch"}
+    printed = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # where an object lies in memory says nothing about it
+    parts = [printed.encode(), *(Path(file).read_bytes() for file in sorted(filter(None, files)))]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def _registered(source: str, network: Path | None, root: Path, device: torch.device | str) -> nn.Module:

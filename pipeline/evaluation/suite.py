@@ -1,11 +1,11 @@
 """Evaluation of one model: blocks of the test split, in one process or over many, merged into one record."""
 
-import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,18 +16,20 @@ from pipeline.evaluation.audit import audit
 from pipeline.evaluation.blocks import (
     OTHER_ATTACKS,
     Arrays,
-    diverse,
+    Block,
     judge_block,
     load_arrays,
     model_digest,
+    pictured,
     save_arrays,
 )
 from pipeline.evaluation.records import ARRAYS, AttackResult, ClassResult, CurvePoint, Evaluation
+from pipeline.evaluation.sample import Positions, sample
 from pipeline.evaluation.stats import Accuracy
 
 _LOG = logging.getLogger(__name__)
 _BLOCKS = "blocks"
-_VERSION = 1
+_VERSION = 2
 
 
 def evaluate(
@@ -57,7 +59,7 @@ def evaluate(
         The record, also written to `output`.
 
     Raises:
-        ValueError: a transfer attack without a reference; a missing package; more than the test split asked for.
+        ValueError: a missing package; more than the test split asked for; a gradient that is not a number.
     """
     previous = _previous(output)
     evaluate_shard(model, prepared, config, output, seed=seed, reference=reference)
@@ -70,8 +72,11 @@ def evaluate(
         report = previous.audit
     else:
         count = min(config.audit.resolved_num_examples, result.n)
-        x, y = first_examples(prepared, count, _device(model))
-        report = audit(model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference, matched=matched)
+        x, y = _audited(prepared, count, _device(model))
+        report = audit(
+            model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference, matched=matched,
+            directory=output,
+        )  # fmt: skip
     result = result.model_copy(update={"audit": report})
     result.save(output)
     return result
@@ -105,17 +110,12 @@ def evaluate_shard(
     if not 0 <= shard < num_shards:
         raise ValueError(f"expected 0 <= shard < num_shards, got shard {shard} of {num_shards}")
     directory = _block_directory(model, prepared, config, output, seed=seed, reference=reference)
-    judged = []
-    for block, x, y in _blocks(prepared, config):
-        path = directory / f"block-{block:05d}.npz"
-        if block % num_shards != shard or load_arrays(path) is not None:
-            continue
-        device = _device(model)
-        found = judge_block(model, x.to(device), y.to(device), config, seed=seed, block=block, reference=reference)
-        save_arrays(path, found)
-        judged.append(block)
-        _LOG.info("judged block %d (%d images)", block, len(y))
-    return judged
+    mine = range(shard, _num_blocks(prepared, config), num_shards)
+    missing = [number for number in mine if load_arrays(_path(directory, number)) is None]
+    for block in _blocks(prepared, config, missing, _device(model)):
+        save_arrays(_path(directory, block.number), judge_block(model, block, config, seed=seed, reference=reference))
+        _LOG.info("judged block %d (%d images)", block.number, len(block.y))
+    return missing
 
 
 def merge(
@@ -144,6 +144,7 @@ def merge(
         seed=seed,
         config=config,
         n=len(arrays["y"]),
+        split_size=prepared.splits["test"].count,
         clean=_accuracy(arrays, "clean"),
         attacks=_attack_results(arrays, config.threat, [a.name for a in config.attacks], ""),
         union=_accuracy(arrays, "union"),
@@ -152,7 +153,7 @@ def merge(
             for threat in config.other_threats
             for result in _attack_results(arrays, threat, [a.name for a in OTHER_ATTACKS], f"{threat.label}/")
         ),
-        curve=_curve(arrays, config),
+        curve=_curve(arrays, config, _in_curve(prepared, config, arrays["index"].astype(np.int64))),
         per_class=_per_class(arrays, prepared.class_names),
         warnings=tuple(sorted(set(warnings.tolist()))),
         arrays_sha256=digest_file(output / ARRAYS).sha256,
@@ -184,34 +185,51 @@ def _block_directory(
     )
 
 
-def _num_examples(prepared: PreparedData, config: EvaluationConfig) -> int:
+def _judged(prepared: PreparedData, config: EvaluationConfig) -> Positions:
+    """Positions of the images that are judged, in the test split."""
     available = prepared.splits["test"].count
     if config.num_examples is not None and config.num_examples > available:
         raise ValueError(f"expected evaluation.num_examples <= {available} (the test split), got {config.num_examples}")
-    return config.num_examples or available
+    return sample(available, config.num_examples)
 
 
-def _blocks(prepared: PreparedData, config: EvaluationConfig) -> Iterator[tuple[int, Tensor, Tensor]]:
-    left = _num_examples(prepared, config)
-    with open_split(prepared, "test", batch_size=config.block_size) as loader:
-        for block, (x, y) in enumerate(loader):
-            if left <= 0:
-                return
-            yield block, x[:left], y[:left]
-            left -= len(y)
+def _in_curve(prepared: PreparedData, config: EvaluationConfig, index: Positions) -> npt.NDArray[np.bool_]:
+    """Which of the images at `index` are images of the curve."""
+    return np.isin(index, sample(prepared.splits["test"].count, config.curve.num_examples))
 
 
-def first_examples(prepared: PreparedData, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first `count` test images (B, C, H, W) and labels (B,), fewer where the split is smaller."""
-    config = EvaluationConfig(block_size=min(count, 256))
-    batches = list(itertools.islice(_blocks(prepared, config), -(-count // config.block_size)))
-    x, y = torch.cat([batch[1] for batch in batches]), torch.cat([batch[2] for batch in batches])
-    return x[:count].to(device), y[:count].to(device)
+def _num_blocks(prepared: PreparedData, config: EvaluationConfig) -> int:
+    return -(-len(_judged(prepared, config)) // config.block_size)
+
+
+def _path(directory: Path, number: int) -> Path:
+    return directory / f"block-{number:05d}.npz"
+
+
+def _blocks(
+    prepared: PreparedData, config: EvaluationConfig, numbers: Sequence[int], device: torch.device
+) -> Iterator[Block]:
+    """The blocks of these rising numbers; no other image is read."""
+    if not numbers:
+        return
+    size, judged = config.block_size, _judged(prepared, config)
+    parts = [judged[number * size : (number + 1) * size] for number in numbers]
+    with open_split(prepared, "test", batch_size=size, positions=np.concatenate(parts)) as loader:
+        for number, index, (x, y) in zip(numbers, parts, loader, strict=True):
+            yield Block(number, index, _in_curve(prepared, config, index), x.to(device), y.to(device))
+
+
+def _audited(prepared: PreparedData, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The `count` test images (B, C, H, W) that the audit looks at, and their labels (B,)."""
+    positions = sample(prepared.splits["test"].count, count)
+    with open_split(prepared, "test", batch_size=256, positions=positions) as loader:
+        batches = list(loader)
+    return torch.cat([x for x, _ in batches]).to(device), torch.cat([y for _, y in batches]).to(device)
 
 
 def _joined(directory: Path, prepared: PreparedData, config: EvaluationConfig) -> Arrays:
-    num_blocks = -(-_num_examples(prepared, config) // config.block_size)
-    blocks = [load_arrays(directory / f"block-{block:05d}.npz") for block in range(num_blocks)]
+    num_blocks = _num_blocks(prepared, config)
+    blocks = [load_arrays(_path(directory, number)) for number in range(num_blocks)]
     missing = [i for i, block in enumerate(blocks) if block is None]
     if missing:
         raise ValueError(
@@ -219,7 +237,8 @@ def _joined(directory: Path, prepared: PreparedData, config: EvaluationConfig) -
         )
     found = [block for block in blocks if block is not None]
     joined = {name: np.concatenate([block[name] for block in found]) for name in found[0]}
-    chosen = diverse(joined["picture/y"], np.arange(len(joined["picture/y"])), config.num_pictures)
+    shown = joined["picture/y"].astype(np.int64)
+    chosen = pictured(shown, joined["picture/predicted"] != shown, config.num_pictures)
     return {name: array[chosen] if name.startswith("picture/") else array for name, array in joined.items()}
 
 
@@ -240,11 +259,11 @@ def _attack_results(arrays: Arrays, threat: ThreatModel, names: list[str], prefi
     return tuple(results)
 
 
-def _curve(arrays: Arrays, config: EvaluationConfig) -> tuple[CurvePoint, ...]:
+def _curve(arrays: Arrays, config: EvaluationConfig, chosen: npt.NDArray[np.bool_]) -> tuple[CurvePoint, ...]:
     if not config.curve.multiples:
         return ()
     n = len(arrays["curve/0"])
-    clean = CurvePoint(eps=0.0, accuracy=Accuracy.of(int(arrays["correct/clean"][:n].sum()), n))
+    clean = CurvePoint(eps=0.0, accuracy=Accuracy.of(int(arrays["correct/clean"][chosen].sum()), n))
     points = (
         CurvePoint(eps=config.threat.scaled(multiple).eps, accuracy=Accuracy.of(int(arrays[f"curve/{i}"].sum()), n))
         for i, multiple in enumerate(config.curve.multiples)

@@ -3,6 +3,7 @@
 First the shards of the test images, then per network what needs them all: the merged record, and the audit.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 
 from pipeline.cluster import num_task_slots, run_tasks
+from pipeline.config.base import one_line
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
 from pipeline.evaluation.suite import evaluate, evaluate_shard
-from pipeline.stages.node import Node, StageContext, StageResult
+from pipeline.stages.node import Node, StageContext, StageResult, attempt
 from pipeline.stages.prepare import workers_data
 from pipeline.training import load_model
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def evaluate_node(branch: str, task: EvaluateTask) -> Node[EvaluateTask]:
     if task.matched:
         sections["matched"] = [list(pair) for pair in task.matched]
     needs = tuple(dict.fromkeys((task.model, task.reference, task.data, *(key for _, key in task.matched))))
-    return Node("evaluate", branch, task, sections, run_evaluations, needs, together=True)
+    return Node("evaluate", branch, task, sections, run_evaluations, needs, version=2, together=True)
 
 
 def run_evaluations(contexts: Sequence[StageContext[EvaluateTask]]) -> Sequence[StageResult | Exception]:
@@ -71,20 +75,25 @@ def run_evaluations(contexts: Sequence[StageContext[EvaluateTask]]) -> Sequence[
     services = contexts[0].services
     services.ray()
     scaling = services.config.scaling
-    works = [_judgement(context) for context in contexts]
+    made = {context.key: attempt(_judgement, context) for context in contexts}
+    works = {key: work for key, work in made.items() if isinstance(work, Judgement)}
     slots = num_task_slots(scaling)
     shards = [
         replace(work, shard=shard, num_shards=n)
-        for work in works
+        for work in works.values()
         for n in [_num_shards(work, slots)]
         for shard in range(n)
     ]
-    run_tasks(judge_shard, shards, scaling)  # a shard that failed is judged again, and its error raised, by the rest
-    outcomes = run_tasks(judge_rest, works, scaling, on_done=lambda index: print(f"{contexts[index].key:<34} judged"))
-    return [
-        outcome if isinstance(outcome, Exception) else _result(context)
-        for context, outcome in zip(contexts, outcomes, strict=True)
-    ]
+    for shard, failure in zip(shards, run_tasks(judge_shard, shards, scaling), strict=True):
+        if failure is not None:  # it is judged again, and an error that stays is raised, by the rest
+            _LOG.warning("a shard of %s failed, it is tried again: %s", shard.output, one_line(failure))
+    keys = list(works)
+    judged = run_tasks(
+        judge_rest, list(works.values()), scaling, on_done=lambda index: print(f"{keys[index]:<34} judged")
+    )
+    failed = {key: error for key, error in made.items() if isinstance(error, Exception)}
+    failed |= {key: error for key, error in zip(keys, judged, strict=True) if isinstance(error, Exception)}
+    return [failed[c.key] if c.key in failed else attempt(_result, c) for c in contexts]
 
 
 def judge_shard(work: Judgement) -> None:

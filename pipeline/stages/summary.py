@@ -5,13 +5,14 @@ from pathlib import Path
 
 from pipeline.config.chain import ChainConfig
 from pipeline.evaluation.records import Evaluation
+from pipeline.evaluation.stats import Accuracy
 from pipeline.report.study_page import MARKDOWN
 from pipeline.stages.graph import reported_models
 from pipeline.stages.node import Finished
 from pipeline.stages.report import ReportedModel
 
 REPORT = "report.html"
-_COLUMNS = ("model", "role", "network", "activation", "data", "clean %", "robust % [95 %]", "audit")
+_COLUMNS = ("model", "role", "network", "activation", "data", "n", "clean % [95 %]", "robust % [95 %]", "audit")
 
 
 def closing_lines(config: ChainConfig, output: Path, done: Mapping[str, Finished], failed: Mapping[str, str]) -> str:
@@ -22,8 +23,8 @@ def closing_lines(config: ChainConfig, output: Path, done: Mapping[str, Finished
     if study := done.get("report:study"):
         lines += ["", (study.directory / MARKDOWN).read_text(encoding="utf-8").rstrip()]
     if rows:
-        threat = config.evaluation.threat
-        lines += ["", *_table([_COLUMNS, *rows]), f"robust: per-example worst case over all attacks, {threat.label}"]
+        robust = f"robust: per-example worst case over all attacks, {config.evaluation.threat.label}"
+        lines += ["", *_table([_COLUMNS, *rows]), f"{robust}; n: test images"]
     if failed:
         lines += ["", f"{len(failed)} not done:", *(f"  {key}: {reason}" for key, reason in failed.items())]
     lines.append("")
@@ -40,7 +41,6 @@ def _row(model: ReportedModel, done: Mapping[str, Finished]) -> tuple[str, ...]:
     result = Evaluation.load(done[model.evaluation].directory)
     network = model.task.model
     frozen = " (frozen)" if model.task.bank else ""
-    robust = f"{100 * result.union.value:5.1f} [{100 * result.union.low:.1f}, {100 * result.union.high:.1f}]"
     audit = (
         "off"
         if result.audit is None
@@ -49,8 +49,12 @@ def _row(model: ReportedModel, done: Mapping[str, Finished]) -> tuple[str, ...]:
         else f"FAILED: {', '.join(result.audit.failed)}"
     )
     activation = model.activation + frozen
-    clean = f"{100 * result.clean.value:5.1f}"
-    return (model.branch, model.role, network.name, activation, result.dataset, clean, robust, audit)
+    accuracies = (_interval(result.clean), _interval(result.union))
+    return (model.branch, model.role, network.name, activation, result.dataset, str(result.n), *accuracies, audit)
+
+
+def _interval(accuracy: Accuracy) -> str:
+    return f"{100 * accuracy.value:.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

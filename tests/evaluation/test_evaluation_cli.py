@@ -1,3 +1,6 @@
+import importlib
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +8,7 @@ import torch
 from pipeline.config.tracking import TrackingConfig
 from pipeline.evaluation import Evaluation
 from pipeline.evaluation.__main__ import main
+from pipeline.evaluation.blocks import model_digest
 from pipeline.evaluation.sources import open_model
 from pipeline.training.model_io import ModelMeta, save_model
 from sparta_models import ActivationBank, build_model
@@ -61,6 +65,73 @@ def test_a_users_function_is_evaluated(prepared, tmp_path, monkeypatch, capsys):
     assert "expected a function 'my_models_for_test:nothing'" in capsys.readouterr().err
 
 
+def test_edited_code_never_reuses_what_was_judged_before(prepared, tmp_path, monkeypatch):
+    """The slope is in no tensor and in no class name; what is printed of the model does not show it either."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = (
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def forward(self, x):\n        return SLOPE * x.flatten(1)[:, :10]\n"
+    )
+    digests = []
+    for name, slope in (("my_net", "1.0"), ("my_net", "-1.0"), ("my_net", "1.0"), ("my_factory", "1.0")):
+        (tmp_path / "my_net.py").write_text(source.replace("SLOPE", slope) + "def make():\n    return Net()\n")
+        (tmp_path / "my_factory.py").write_text("from my_net import Net\ndef make():\n    return Net()\n")
+        forget("my_net", "my_factory")
+        options = small("--num-examples", "8")
+        assert run("run", f"{name}:make", "--data", prepared.directory, "--output", tmp_path / "out", *options) == 0
+        digests.append(Evaluation.load(tmp_path / "out").model_digest)
+    assert digests[0] == digests[2]
+    assert len(set(digests)) == 3
+    assert len(list((tmp_path / "out" / "blocks").iterdir())) == 3
+
+
+def forget(*modules: str) -> None:
+    """Import anew what was written within the same second."""
+    importlib.invalidate_caches()
+    for name in modules:
+        sys.modules.pop(name, None)
+
+
+def test_code_of_a_class_in_another_file_counts_and_its_address_does_not(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    digests = []
+    for comment in ("", "", "# edited\n"):
+        (tmp_path / "my_layer.py").write_text(
+            f"{comment}from torch import nn\nclass Layer(nn.Identity):\n"
+            "    def extra_repr(self):\n        return repr(object())\n"
+        )
+        (tmp_path / "my_user.py").write_text("from my_layer import Layer\ndef make():\n    return Layer()\n")
+        forget("my_layer", "my_user")
+        digests.append(model_digest(open_model("my_user:make")))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_other_adversaries_are_judged_beside_the_main_one(prepared, tmp_path):
+    model, output = saved(tmp_path / "model", "relu"), tmp_path / "out"
+    also = ("--also", "l2:0.5", "--also", "linf:8/255")
+    assert run("run", model, "--data", prepared.directory, "--output", output, *small(*also)) == 0
+    found = Evaluation.load(output).other_threats
+    assert list(dict.fromkeys(result.threat.label for result in found)) == ["l2 0.5", "linf 0.03137"]
+
+
+def test_saved_images_are_judged_like_an_evaluation(tmp_path, monkeypatch, capsys):
+    """In eval mode, and on a GPU in full float32."""
+    (tmp_path / "my_judged.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        right = not self.training and not torch.backends.cudnn.allow_tf32\n"
+        "        return torch.eye(10)[torch.full((len(x),), 3 if right else 4)]\n"
+        "def make():\n    return Net()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    np.savez(tmp_path / "a.npz", x_adv=np.zeros((5, 1, 8, 8), np.float32), y=np.full(5, 3))
+    assert run("judge", "my_judged:make", tmp_path / "a.npz") == 0
+    assert "100.0 %" in capsys.readouterr().out
+
+
 def test_two_evaluations_are_compared_and_promotion_refused_with_reasons(prepared, tmp_path, capsys):
     for name in ("sparta", "relu"):
         model = saved(tmp_path / name, name)
@@ -99,6 +170,8 @@ def test_a_registered_activation_is_judged_in_the_network_trained_with_it(tmp_pa
         (("--eps", "x/255"), 'expected a number or a fraction such as "8/255"'),
         (("--norm", "l7"), "threat.norm: Input should be 'linf' or 'l2'"),
         (("--attacks", "hard"), "unknown attack suite 'hard'; known: quick, standard, full"),
+        (("--also", "l2"), "expected --also NORM:EPS, e.g. l2:0.5, got 'l2'"),
+        (("--also", "l3:1"), "other_threats.0.norm: Input should be 'linf' or 'l2'"),
         (("--audit", "huge"), "audit.budget: Input should be 'off', 'quick' or 'full'"),
         (("--num-examples", "100000"), "num_examples <= "),
     ],

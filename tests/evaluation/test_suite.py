@@ -1,3 +1,5 @@
+import copy
+import math
 import os
 
 import numpy as np
@@ -17,7 +19,7 @@ from pipeline.config.evaluation import (
     ThreatModel,
     TransferAttack,
 )
-from pipeline.evaluation import Evaluation, evaluate, evaluate_shard, merge
+from pipeline.evaluation import AuditReport, Check, Evaluation, evaluate, evaluate_shard, merge
 from pipeline.evaluation.attacks import run_attack
 from pipeline.evaluation.blocks import evaluating, load_arrays, save_arrays
 
@@ -79,15 +81,32 @@ def test_saved_adversarial_images_give_the_recorded_union(finished, robust):
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
 
 
+def rows(arrays) -> list[int]:
+    """Where the pictures are among the images that were judged."""
+    return [arrays["index"].tolist().index(position) for position in arrays["picture/index"]]
+
+
 def test_pictures_are_fooled_images_of_different_classes(finished):
     result, output = finished
     arrays = result.arrays(output)
     assert len(arrays["picture/y"]) == CONFIG.num_pictures
     assert len(set(arrays["picture/y"])) >= min(8, 10) - 2
     assert (arrays["picture/predicted"] != arrays["picture/y"]).all()
-    index = arrays["picture/index"]
-    assert np.array_equal(arrays["picture/x"], arrays["x"][index])
-    assert np.array_equal(arrays["picture/x_adv"], arrays["x_adv"][index])
+    assert arrays["correct/clean"][rows(arrays)].all()
+    assert (arrays["picture/x"] != arrays["picture/x_adv"]).any(axis=(1, 2, 3)).all()
+    assert np.array_equal(arrays["picture/x"], arrays["x"][rows(arrays)])
+    assert np.array_equal(arrays["picture/x_adv"], arrays["x_adv"][rows(arrays)])
+
+
+def test_where_few_were_fooled_pictures_of_images_that_withstood_come_after_them(robust, prepared, tmp_path):
+    weak = {"threat": ThreatModel(eps=0.03), "attacks": (PGDAttack(steps=5),), "num_pictures": 40}
+    result = evaluate(robust, prepared, CONFIG.model_copy(update=weak), tmp_path, seed=0)
+    arrays = result.arrays(tmp_path)
+    fooled = arrays["picture/predicted"] != arrays["picture/y"]
+    assert 0 < fooled.sum() == result.clean.correct - result.union.correct < 40
+    assert fooled[: fooled.sum()].all()
+    assert arrays["correct/clean"][rows(arrays)].all()
+    assert len(fooled) == 40
 
 
 def test_the_curve_starts_clean_and_falls(finished):
@@ -155,6 +174,43 @@ def test_a_missing_or_malformed_record_is_a_readable_error(tmp_path):
         Evaluation.load(tmp_path)
 
 
+def test_a_record_of_another_schema_is_refused(finished, tmp_path):
+    result, _ = finished
+    result.save(tmp_path)
+    record = tmp_path / "evaluation.json"
+    record.write_text(record.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(ValueError, match="is not an evaluation: expected schema 2, got 1; evaluate the model again"):
+        Evaluation.load(tmp_path)
+
+
+def test_figures_that_are_no_numbers_survive_the_file(finished, tmp_path):
+    result, _ = finished
+    check = Check(
+        number=8, name="gradient_census", verdict="fail", figure=math.nan, warn_above=0.02, fail_above=0.2, summary="",
+        details={"share": math.nan, "norms": [math.inf, 1.0, math.nan]},
+    )  # fmt: skip
+    report = AuditReport(budget="quick", n=1, threat=CONFIG.threat, model_digest="m", checks=(check,))
+    result.model_copy(update={"audit": report}).save(tmp_path)
+    audit = Evaluation.load(tmp_path).audit
+    assert audit is not None
+    (found,) = audit.checks
+    assert math.isnan(found.figure or 0)
+    assert math.isnan(found.details["share"])
+    assert found.details["norms"][:2] == [math.inf, 1.0]
+    assert math.isnan(found.details["norms"][2])
+
+
+def test_a_gradient_that_is_not_a_number_is_named(robust, prepared, tmp_path):
+    class Broken(nn.Module):
+        def forward(self, x):
+            return robust(x) + torch.sqrt(0 * x).flatten(1).sum(1, keepdim=True)  # 0, and its gradient 0 * infinity
+
+    l2 = {"threat": ThreatModel(norm="l2", eps=0.5), "attacks": (PGDAttack(steps=1),)}  # the sign of NaN is 0
+    config = CONFIG.model_copy(update={"num_examples": 32, **l2})
+    with pytest.raises(ValueError, match=r"attack pgd-ce-1x1, got values that are not finite in \d+ of \d+"):
+        evaluate(Broken(), prepared, config, tmp_path, seed=0)
+
+
 def test_more_examples_than_there_are_is_refused(robust, prepared, tmp_path):
     config = CONFIG.model_copy(update={"num_examples": 100_000})
     with pytest.raises(ValueError, match="num_examples <= "):
@@ -177,7 +233,7 @@ def test_a_transfer_attack_without_reference_is_left_out_and_said_so(robust, gat
 
 
 def test_evaluation_leaves_model_and_random_state_alone(robust, prepared, tmp_path):
-    model = nn.Sequential(robust, nn.Dropout(0.5)).train()
+    model = nn.Sequential(copy.deepcopy(robust), nn.Dropout(0.5)).train()
     model[0].requires_grad_(requires_grad=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()

@@ -19,14 +19,12 @@ from sparta_models import ActivationBank, build_model
 THREAT = ThreatModel(eps=0.1)
 
 
-@pytest.fixture
-def network(root: Path) -> Path:
-    """A model directory, and beside it the bank of its activations."""
+def save_network(directory: Path, activation: str, width: int = 4) -> torch.nn.Module:
     torch.manual_seed(0)
     meta = ModelMeta(
         name="resnet8",
-        options={"width": 4},
-        activation={"name": "sparta", "sharing": "site"},
+        options={"width": width},
+        activation={"name": activation, "sharing": "site"},
         num_classes=5,
         in_channels=1,
         mean=(0.5,),
@@ -34,25 +32,33 @@ def network(root: Path) -> Path:
         image_size=8,
         dataset="digits",
     )
-    model = build_model("resnet8", activation="sparta", num_classes=5, in_channels=1, mean=(0.5,), std=(0.5,), width=4)
-    save_model(root / "network", model, meta)
-    ActivationBank.from_model(model).save(root / "bank")
+    model = meta.build()
+    save_model(directory, model, meta)
+    return model
+
+
+@pytest.fixture
+def network(root: Path) -> Path:
+    """A model directory, and beside it the bank of its activations."""
+    ActivationBank.from_model(save_network(root / "network", "sparta")).save(root / "bank")
     return root / "network"
 
 
-def write_evaluation(directory: Path, digest: str, correct: int, *, budget: str = "full", attack: str = "autoattack"):
-    union = Accuracy.of(correct, 100)
+def write_evaluation(
+    directory: Path, network: Path, reference: Path, correct: int, *, budget: str = "full", attack: str = "autoattack"
+):
+    digest, union = model_digest(load_model(network)), Accuracy.of(correct, 100)
     check = Check(number=1, name="a", verdict="pass", figure=0.0, warn_above=1, fail_above=2, summary="", details={})
     result = AttackResult(name=attack, threat=THREAT, attacked=90, fooled=90 - correct, accuracy=union)
-    directory.mkdir()
     Evaluation(
         dataset="digits",
         data_digest="d" * 64,
         model_digest=digest,
-        reference_digest=None,
+        reference_digest=model_digest(load_model(reference)),
         seed=0,
         config=EvaluationConfig(threat=THREAT),
         n=100,
+        split_size=100,
         clean=Accuracy.of(90, 100),
         attacks=(result,),
         union=union,
@@ -65,20 +71,21 @@ def write_evaluation(directory: Path, digest: str, correct: int, *, budget: str 
     ).save(directory)
 
 
+def write_pair(root: Path, *, correct: int = 70, activation: str = "relu", width: int = 4, **changes):
+    """Evaluations of the candidate, and of a control of this activation and width with 60 of 100 robust."""
+    save_network(root / "control-network", activation, width)
+    networks = (root / "network", root / "control-network")
+    write_evaluation(root / "evaluation", *networks, correct, **changes)
+    write_evaluation(root / "control", *reversed(networks), 60)
+
+
 @pytest.fixture
 def promote(root: Path, network: Path) -> Iterator[list[str]]:
     """Arguments of a promotion that the gate allows."""
     assert main(["--root", str(root), "push", str(root / "bank")]) == 0
-    write_evaluation(root / "evaluation", model_digest(load_model(network)), 70)
-    write_evaluation(root / "control", "c" * 64, 60)
-    arguments = [
-        "--network",
-        str(network),
-        "--evaluation",
-        str(root / "evaluation"),
-        "--control",
-        str(root / "control"),
-    ]
+    write_pair(root)
+    names = ("network", "evaluation", "control", "control-network")
+    arguments = [part for name in names for part in (f"--{name}", str(root / name))]
     return ["--root", str(root), "promote", "sparta-activation@candidate", *arguments]
 
 
@@ -132,14 +139,14 @@ def test_a_candidate_that_passes_becomes_champion(root: Path, promote: list[str]
         ({"budget": "quick"}, "expected an audit at full budget"),
         ({"attack": "pgd-ce-20x1"}, "expected AutoAttack"),
         ({"correct": 50}, "expected at least the control's robust accuracy"),
+        ({"activation": "silu"}, "expected ReLU at every site of the control, got SiLU"),
+        ({"width": 8}, "expected a control of the candidate's architecture"),
     ],
 )
 def test_a_candidate_without_the_evidence_is_refused(
-    root: Path, network: Path, promote: list[str], change: dict, reason: str, capsys: pytest.CaptureFixture[str]
+    root: Path, promote: list[str], change: dict, reason: str, capsys: pytest.CaptureFixture[str]
 ):
-    (root / "evaluation" / "evaluation.json").unlink()
-    (root / "evaluation").rmdir()
-    write_evaluation(root / "evaluation", model_digest(load_model(network)), **{"correct": 70, **change})
+    write_pair(root, **change)
     assert main(promote) == 1
     assert reason in capsys.readouterr().err
     with pytest.raises(ValueError, match="not in the registry"):
@@ -149,6 +156,43 @@ def test_a_candidate_without_the_evidence_is_refused(
     assert found.tags["promoted_anyway"] == "a deadline"
     assert reason in found.tags["promotion_refused"]
     assert found.tags["promoted_by"]
+    write_pair(root)  # the evidence comes later
+    assert main(promote) == 0
+    tags = Registry(TrackingConfig(), root).resolve("sparta-activation@champion").tags
+    assert not {"promoted_anyway", "promotion_refused"} & tags.keys()
+    assert "70.0 %" in tags["promotion"]
+
+
+def test_a_candidate_is_not_its_own_control(root: Path, promote: list[str], capsys: pytest.CaptureFixture[str]):
+    itself = [str(root / "evaluation"), "--control-network", str(root / "network")]
+    assert main([*promote, "--control", *itself]) == 1
+    refusal = capsys.readouterr().err
+    assert "they are of the same weights" in refusal
+    assert "expected ReLU at every site of the control, got Sparta" in refusal
+
+
+def test_a_control_network_that_was_not_evaluated_is_no_evidence(
+    root: Path, promote: list[str], capsys: pytest.CaptureFixture[str]
+):
+    save_network(root / "other", "relu", width=8)
+    assert main([*promote, "--control-network", str(root / "other"), "--promote-anyway", "no"]) == 2
+    assert "one of other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("alias", ["champion", "Champion"])
+def test_push_gives_no_way_round_the_gate(root: Path, network: Path, alias: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["--root", str(root), "push", str(root / "bank"), "--alias", alias]) == 1
+    assert "expected another alias than champion" in capsys.readouterr().err
+    assert Registry(TrackingConfig(), root).versions() == []
+
+
+def test_a_user_whom_no_passwd_file_knows_may_promote(root: Path, promote: list[str], monkeypatch: pytest.MonkeyPatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 987654321)
+    assert main(promote) == 0
+    tags = Registry(TrackingConfig(), root).resolve("sparta-activation@champion").tags
+    assert tags["promoted_by"] == "uid 987654321"
 
 
 def test_an_evaluation_of_another_network_is_no_evidence(
