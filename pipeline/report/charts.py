@@ -130,7 +130,9 @@ def training_curves(inputs: ReportInputs, output: Path, *, dpi: int) -> list[Cha
         axes.set_xlabel("epoch")
         axes.legend()
 
-    return _per_target(inputs, "training", paint, output, dpi=dpi, shown=lambda card: bool(card.trained.history))
+    return _per_target(
+        inputs, "training", paint, output, dpi=dpi, shown=lambda card: bool(card.trained.history), note=_validated
+    )
 
 
 def sweep(inputs: ReportInputs, output: Path, *, dpi: int) -> Chart:
@@ -154,7 +156,7 @@ def sweep(inputs: ReportInputs, output: Path, *, dpi: int) -> Chart:
         axes.set_ylabel("robust accuracy (validation)")
         axes.legend()
 
-    return draw("sweep", "Search: clean against robust", paint, output, dpi=dpi)
+    return draw("sweep", "Search: clean against robust", paint, output, dpi=dpi, note=_validated(inputs.models[0]))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -201,13 +203,15 @@ def _per_target(
     *,
     dpi: int,
     shown: Callable[[ModelCard], bool],
+    note: Callable[[ModelCard], str] = lambda _: "",
 ) -> list[Chart]:
     charts = []
     for number, (target, cards) in enumerate(_targets(inputs)):
         drawn = [card for card in cards if shown(card)]
         if drawn:
-            note = f"{drawn[0].architecture} on {drawn[0].dataset}"
-            charts.append(draw(f"{name}-{number}", target, partial(paint, drawn), output, dpi=dpi, note=note))
+            notes = (f"{drawn[0].architecture} on {drawn[0].dataset}", note(drawn[0]))
+            text = ", ".join(filter(None, notes))
+            charts.append(draw(f"{name}-{number}", target, partial(paint, drawn), output, dpi=dpi, note=text))
     return charts
 
 
@@ -219,6 +223,10 @@ def in_pixel_steps(threat: ThreatModel) -> bool:
 def _targets(inputs: ReportInputs) -> Iterator[tuple[str, list[ModelCard]]]:
     for target in dict.fromkeys(card.target for card in inputs.models):
         yield target, [card for card in inputs.models if card.target == target]
+
+
+def _validated(card: ModelCard) -> str:
+    return "" if card.num_validation is None else f"n = {card.num_validation} validation images"
 
 
 def _accuracy_axis(axes: Axes) -> None:

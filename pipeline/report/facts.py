@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.evaluation.records import ClassResult
 from pipeline.evaluation.stats import Accuracy, Difference, difference, mcnemar
 from pipeline.report.inputs import ModelCard, ReportInputs
 from sparta_models import ACTIVATIONS
@@ -27,12 +28,21 @@ class Row(NamedTuple):
 
 
 class CellEntry(NamedTuple):
-    """One activation in the 2 x 2."""
+    """One activation in the 2 x 2, and its result on the source's data where it was measured there."""
 
     name: str
     formula: str
     robust: Accuracy | None
     clean: Accuracy | None
+
+
+class ClassTable(NamedTuple):
+    """Accuracies by class of the models of one target."""
+
+    target: str
+    cards: tuple[ModelCard, ...]
+    lines: tuple[tuple[str, tuple[ClassResult | None, ...]], ...]
+    """Name of the class, and its result for each of `cards`; None where its evaluation saw none of it."""
 
 
 def rows(inputs: ReportInputs) -> list[Row]:
@@ -91,6 +101,19 @@ def two_by_two(summary: Iterable[Row]) -> dict[tuple[str, str], list[CellEntry]]
         entry = CellEntry(name, kind.formula, found.robust if found else None, found.clean if found else None)
         cells[(kind.cell.spatial, kind.cell.dependence)].append(entry)
     return {cell: sorted(entries, key=lambda entry: entry.robust is None) for cell, entries in cells.items()}
+
+
+def per_class(inputs: ReportInputs) -> list[ClassTable]:
+    """Accuracies by class, one table per target; without those whose evaluations have none."""
+    tables = []
+    for target in dict.fromkeys(card.target for card in inputs.models):
+        cards = [card for card in inputs.models if card.target == target and card.evaluation.per_class]
+        found = [{result.name: result for result in card.evaluation.per_class} for card in cards]
+        names = dict.fromkeys(name for results in found for name in results)
+        lines = tuple((name, tuple(results.get(name) for results in found)) for name in names)
+        if lines:
+            tables.append(ClassTable(target, tuple(cards), lines))
+    return tables
 
 
 def check_names(inputs: ReportInputs) -> list[tuple[int, str]]:

@@ -31,6 +31,8 @@ class ModelCard(Section):
     """By label."""
     num_parameters: int = Field(ge=0)
     """Learnable and frozen scalars of the network."""
+    num_validation: int | None = Field(default=None, ge=1)
+    """Validation images behind the accuracies of its training, and of the search where there was one; None: unknown."""
     trained: TrainedModel
     """Record of its training."""
     evaluation: Evaluation

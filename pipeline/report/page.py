@@ -23,7 +23,8 @@ from pipeline.report.tables import write_tables
 
 PAGE = "report.html"
 _OURS = re.compile(
-    r"(overview|sweep|search_\w+|(eps|training|pictures)-\d+|response-stage\d+)\.png|(summary|curves|training|audit|sweep)\.csv"
+    r"(overview|sweep|search_\w+|(eps|training|pictures)-\d+|response-stage\d+)\.png|"
+    r"(summary|transfer|two_by_two|per_class|curves|training|audit|sweep)\.csv"
 )
 _ICONS = {"pass": "✓", "warn": "!", "fail": "✕", "skip": "–"}
 
@@ -77,6 +78,7 @@ def _write(inputs: ReportInputs, output: Path, config: ReportConfig, load: Model
             rows=summary,
             headline=[row for row in summary if row.gain is not None],
             cells=facts.two_by_two(summary),
+            class_tables=facts.per_class(inputs),
             checks=facts.check_names(inputs),
             overview=charts.overview(summary, output, dpi=config.png_dpi),
             eps_charts=charts.robustness_curves(inputs, output, dpi=config.png_dpi),

@@ -7,21 +7,32 @@ from pathlib import Path
 
 from pipeline.artifacts import canonical, write_atomic
 from pipeline.evaluation.stats import Accuracy, Difference
-from pipeline.report.facts import Row
+from pipeline.report.facts import Row, two_by_two
 from pipeline.report.inputs import ReportInputs
 
 Value = str | int | float | bool | None
 
 
 def write_tables(inputs: ReportInputs, summary: Sequence[Row], output: Path) -> None:
-    """Write summary, curves, training, audit and sweep as CSV, and all records as one JSON."""
+    """Write every table of the page as CSV, and all records as one JSON."""
     tables: dict[str, list[dict[str, Value]]] = {
         "summary": [_summary(row) for row in summary],
+        "transfer": [_transfer(inputs, row) for row in summary if row.gain is not None],
+        "two_by_two": list(_two_by_two(summary)),
+        "per_class": list(_per_class(inputs)),
         "curves": list(_curves(inputs)),
         "training": list(_training(inputs)),
         "audit": list(_audit(inputs)),
         "sweep": [
-            {"trial": t.name, "clean": t.clean, "robust": t.robust, "best": t.best, **t.settings} for t in inputs.trials
+            {
+                "trial": t.name,
+                "n": inputs.models[0].num_validation,
+                "clean": t.clean,
+                "robust": t.robust,
+                "best": t.best,
+                **t.settings,
+            }
+            for t in inputs.trials
         ],
     }
     for name, lines in tables.items():
@@ -51,6 +62,51 @@ def _summary(row: Row) -> dict[str, Value]:
     }
 
 
+def _transfer(inputs: ReportInputs, row: Row) -> dict[str, Value]:
+    """One cell of the transfer matrix: the source's activation on a target, beside the control trained there."""
+    source, card, control = inputs.models[0], row.card, inputs.control_of(row.card)
+    return {
+        "learned_on": source.dataset,
+        "learned_in": source.architecture,
+        "activation": card.activation,
+        "frozen": card.role == "transfer",
+        "target": card.target,
+        "architecture": card.architecture,
+        "dataset": card.dataset,
+        "n": row.robust.n,
+        **_accuracy("robust", row.robust),
+        "control": control.activation if control else None,
+        **_accuracy("control_robust", control.evaluation.union if control else None),
+        **_difference("robust_gain", row.gain),
+    }
+
+
+def _two_by_two(summary: Sequence[Row]) -> Iterable[dict[str, Value]]:
+    for (spatial, dependence), entries in two_by_two(summary).items():
+        for entry in entries:
+            yield {
+                "activation": entry.name,
+                "spatially": spatial,
+                "input": dependence,
+                "formula": entry.formula,
+                "n": entry.robust.n if entry.robust else None,
+                **_accuracy("clean", entry.clean),
+                **_accuracy("robust", entry.robust),
+            }
+
+
+def _per_class(inputs: ReportInputs) -> Iterable[dict[str, Value]]:
+    for card in inputs.models:
+        for result in card.evaluation.per_class:
+            yield {
+                "model": card.label,
+                "class": result.name,
+                "n": result.clean.n,
+                **_accuracy("clean", result.clean),
+                **_accuracy("robust", result.robust),
+            }
+
+
 def _accuracy(name: str, accuracy: Accuracy | None) -> dict[str, Value]:
     if accuracy is None:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
@@ -77,7 +133,7 @@ def _curves(inputs: ReportInputs) -> Iterable[dict[str, Value]]:
 def _training(inputs: ReportInputs) -> Iterable[dict[str, Value]]:
     for card in inputs.models:
         for epoch in card.trained.history:
-            yield {"model": card.label, **epoch.model_dump()}
+            yield {"model": card.label, "n": card.num_validation, **epoch.model_dump()}
 
 
 def _audit(inputs: ReportInputs) -> Iterable[dict[str, Value]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import write_atomic
 from pipeline.config.report import ReportConfig
+from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
 from pipeline.report import PAGE, ModelCard, ReportInputs, Trial, build_report
@@ -54,7 +55,7 @@ def report_node(task: ReportTask) -> Node[ReportTask]:
     needs = [key for model in task.models for key in (model.data, model.trained, model.evaluation)]
     needs += [task.bank] + ([task.search] if task.search else [])
     sections = {"report": task.report.model_dump(mode="json"), "chain": task.chain}
-    return Node("report", "page", task, sections, run_report, tuple(dict.fromkeys(needs)))
+    return Node("report", "page", task, sections, run_report, tuple(dict.fromkeys(needs)), version=2)
 
 
 def _report(context: StageContext[ReportTask]) -> StageResult:
@@ -102,11 +103,17 @@ def _card(context: StageContext[ReportTask], model: ReportedModel) -> ModelCard:
         dataset=prepared.name,
         class_names=prepared.class_names,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        num_validation=_num_validation(prepared, model.task.training),
         trained=TrainedModel.model_validate(trained.record.payload),
         evaluation=Evaluation.load(evaluated.directory),
         evaluation_directory=evaluated.directory,
         model_directory=trained.directory / "model",
     )
+
+
+def _num_validation(prepared: PreparedData, training: TrainingConfig) -> int:
+    available, asked = prepared.splits["val"].count, training.selection.max_samples
+    return available if asked is None else min(asked, available)
 
 
 def _trials(context: StageContext[ReportTask], search: str | None) -> tuple[Trial, ...]:
