@@ -3,7 +3,7 @@
 import os
 import signal
 
-from cluster_toys import toy_trial, trained
+from cluster_toys import record_of, toy_trial
 
 from pipeline.training import Context, TrainedModel, TrainJob
 
@@ -11,8 +11,9 @@ from pipeline.training import Context, TrainedModel, TrainJob
 def tradeoff_trial(job: TrainJob, context: Context) -> TrainedModel:
     """One epoch. More eps is more robust and less clean; label smoothing costs both: the front has none."""
     eps, cost = job.training.threat.eps, job.training.label_smoothing
-    context.report({"epoch": 1, "val_robust": eps - cost / 2, "val_clean": 1 - eps - cost / 2}, None)
-    return trained(job, context)
+    robust, clean = eps - cost / 2, 1 - eps - cost / 2
+    context.report({"epoch": 1, "val_robust": robust, "val_clean": clean}, None)
+    return record_of([(robust, clean)], context)
 
 
 def fragile_trial(job: TrainJob, context: Context) -> TrainedModel:

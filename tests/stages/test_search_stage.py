@@ -3,9 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from pipeline.artifacts import STARTED
+from pipeline.cluster import ClusterTooSmall
+from pipeline.cluster.sweep import SearchResult
+from pipeline.cluster.sweep.trials import Leg, Point, Trial
 from pipeline.config.load import load_config
-from pipeline.stages.search import TRIALS, SearchTask, _take_over, search_node
+from pipeline.stages.search import TRIALS, SearchTask, _take_over, _trials, search_node
+from pipeline.stages.services import Services
 
 
 def sections(space: Path, *settings: str) -> dict:
@@ -50,3 +56,20 @@ def test_a_forced_search_takes_nothing_over(tmp_path: Path):
     started(tmp_path / "long.superseded-1", 4, 0.1, trials=4)
     _take_over(forced)
     assert not (forced / TRIALS).exists()
+
+
+def test_the_report_is_given_the_ranked_trials_by_the_names_that_all_else_calls_them():
+    point, legs = Point(epoch=1, robust=0.3, clean=0.6), (Leg(epoch=0, values={"training.optimizer.clip_norm": None}),)
+    well = Trial(number=1, identity="1" * 64, legs=legs, state="done", history=(point,))
+    ill = Trial(number=2, identity="2" * 64, legs=legs, state="failed", history=(point,))
+    (shown,) = _trials(SearchResult(overrides={}, best=well, trials=[well, ill], front=[well], files=[]))
+    assert (shown.name, shown.best, shown.settings) == ("trial 2", True, {"training.optimizer.clip_norm": "null"})
+
+
+def test_a_trial_that_does_not_fit_is_no_matter_when_the_search_is_done(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = load_config("demo", ["search.enabled=true", "search.num_workers=4096", "scaling.num_workers=1"])
+    services = Services(config, tmp_path)
+    services.check_cluster(searching=False)
+    with pytest.raises(ClusterTooSmall, match=r"search\.num_workers"):
+        services.check_cluster(searching=True)
