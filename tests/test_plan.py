@@ -16,7 +16,14 @@ from pipeline.config.evaluation import CurveConfig, EvaluationConfig, PGDAttack
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.model import ModelConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.config.training import AttackConfig, PGDATConfig, SelectionConfig, TrainingConfig
+from pipeline.config.training import (
+    AttackConfig,
+    AWPConfig,
+    PGDATConfig,
+    SelectionConfig,
+    TRADESConfig,
+    TrainingConfig,
+)
 from pipeline.data import prepare
 from pipeline.plan import estimate, table
 from pipeline.plan.__main__ import main
@@ -46,6 +53,17 @@ def test_training_is_counted_as_by_hand() -> None:
     steps = 3 * 100 * (5 * 2 + 3)
     validations = 2 * (20 + 10 * 2 * 2)  # after epochs 2 and 3
     assert training_flops(NETWORK, training, DATA) == 10 * (steps + validations)
+
+
+def test_adversarial_weights_cost_the_methods_training_passes_again() -> None:
+    training = TrainingConfig(
+        epochs=3,
+        method=TRADESConfig(attack=AttackConfig(steps=5)),
+        awp=AWPConfig(warmup_epochs=1),
+        selection=SelectionConfig(attack=AttackConfig(steps=1), every=3),
+    )
+    steps = 100 * (3 * (5 * 2 + 6) + 2 * 6)
+    assert training_flops(NETWORK, training, DATA) == pytest.approx(10 * (steps + 20 * (1 + 2)))
 
 
 def test_evaluation_is_counted_as_by_hand() -> None:
