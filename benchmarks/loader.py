@@ -4,7 +4,8 @@ Every figure is from a process of its own, bound to as many cores as it has work
 are those of the first seconds after the first batch, or of the whole epoch where it is shorter. Variants take turns
 within a repeat. Small images: 50,000 of 32 x 32 with pad-crop and flip, batch 512, from cifar10.npz in SPARTA_DATA
 (repeated) or random. Photographs: 2,000 JPEG of about 500 x 400, random resized crop to 224 and flip, batch 64; memory
-holds no JPEG; photos-400 are the same as FFCV's recipes store them, at most 400 pixels long. Large: a file of 2 GB, images of 128 x 128, batch 128, read to its end.
+holds no JPEG; photos-400 are the same as FFCV's recipes store them, at most 400 pixels long. Large: a file of 2 GB,
+images of 128 x 128, batch 128, read to its end.
 
 Memory is the proportional set size of the process and all its children, sampled 20 times a second: what processes share
 is counted once. First batch: from open files of a running Python with torch to the first batch, the import of FFCV
