@@ -179,8 +179,8 @@ def test_abandoned_epochs_leave_no_memory(kind, request):
         abandon(loader, 20)
         memory = psutil.Process().memory_info().rss
         abandon(loader, 100)
-        # One batch of bytes kept per epoch would be 98 MB, one of float32 four times as much; the allocator's own ups and
-        # downs were up to 31 MB in a process that had run a thousand other tests.
+        # One batch of bytes kept per epoch would be 98 MB, one of float32 four times as much; the allocator's own ups
+        # and downs were up to 31 MB in a process that had run a thousand other tests.
         assert psutil.Process().memory_info().rss - memory < 60e6
 
 
