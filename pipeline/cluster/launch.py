@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel
 
 from pipeline.cluster.capacity import Capacity, preflight, uses_gpu, worker_bundle
-from pipeline.cluster.outcome import clear_stop, failed, load_outcome, request_stop, stop_requested, stopped
+from pipeline.cluster.outcome import Outcome, clear_stop, failed, load_outcome, request_stop, stop_requested, stopped
 from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.worker import Job, Train, Work, run_work
 from pipeline.config.scaling import ScalingConfig
@@ -32,7 +32,7 @@ OnProgress = Callable[[Any, Entry], None]
 
 JOURNAL = "metrics.jsonl"
 _POLL_SECONDS = 0.2
-_STOP_GRACE_SECONDS = 2.0  # a Ray job gets 3 s between SIGTERM and SIGKILL
+_STOP_GRACE_SECONDS = 1.0  # a Ray job gets 3 s between SIGTERM and SIGKILL; MLflow is told in the rest
 
 
 class TrainingFailed(Exception):  # noqa: N818 - reads as the sentence it is
@@ -108,8 +108,8 @@ def _running(groups: Sequence[Work], scaling: ScalingConfig, capacity: Capacity)
     try:
         yield lambda: any(thread.is_alive() for thread in threads)
     except BaseException:
-        for work in groups:
-            for job in work.jobs:
+        for job in (job for work in groups for job in work.jobs):
+            with suppress(OSError):  # on a full disk they end with Ray, without a checkpoint
                 request_stop(job.output)
         for thread in threads:
             thread.join(_STOP_GRACE_SECONDS / len(threads))
@@ -148,11 +148,17 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
         unsettled = [job for job in pending if load_outcome(job.output, work.run) is None]
         asked = [job for job in unsettled if stop_requested(job.output)]
         for job in asked:
-            stopped(work.run, "stopped on request; the same job goes on from its last checkpoint").save(job.output)
+            _settle(job, stopped(work.run, "stopped on request; the same job goes on from its last checkpoint"))
         for job in unsettled[:settled]:
             if job not in asked:
-                failed(work.run, error).save(job.output)
+                _settle(job, failed(work.run, error))
         pending = [job for job in unsettled[settled:] if job not in asked]
+
+
+def _settle(job: Job, outcome: Outcome) -> None:
+    """Leave an outcome for `_result`, which can tell what it means when the disk has no room for it."""
+    with suppress(OSError):
+        outcome.save(job.output)
 
 
 def _fit(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
@@ -189,7 +195,7 @@ def _trainer_class() -> Any:
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    if _has_dashboard():
+    if has_dashboard():
         return TorchTrainer
 
     class WithoutCleaner(TorchTrainer):  # type: ignore[misc]
@@ -202,7 +208,8 @@ def _trainer_class() -> Any:
     return WithoutCleaner
 
 
-def _has_dashboard() -> bool:
+def has_dashboard() -> bool:
+    """Whether the Ray that this process is connected to has its dashboard, whose API says who is alive."""
     from ray._private import worker
 
     node = worker._global_node  # no public way to ask; None inside a worker of the cluster
@@ -213,7 +220,8 @@ def _result(job: Job, run: str, result_type: type[Result]) -> "Result | Training
     from pipeline.training import TrainingStopped
 
     outcome = load_outcome(job.output, run)
-    assert outcome is not None, "every job is settled when its group ends"
+    if outcome is None:
+        return TrainingFailed(f"left no outcome in {job.output}; is the disk full? The same job goes on from there")
     if outcome.state == "done":
         return result_type.model_validate(outcome.result)
     if outcome.state == "stopped":

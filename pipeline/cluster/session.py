@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.cluster.capacity import connected
+from pipeline.config.base import one_line
 from pipeline.config.scaling import ScalingConfig
 
 _log = logging.getLogger(__name__)
@@ -78,12 +79,14 @@ def _set_environment(scaling: ScalingConfig) -> None:
 
 def _join(address: str) -> None:
     import ray
+    from ray.exceptions import RayError
 
     try:
         ray.init(address=address, logging_level="WARNING", log_to_driver=False)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, RayError) as error:
         raise ConnectionError(
-            f"expected a Ray cluster at {address!r}, got {error}; check scaling.address, RAY_ADDRESS and RAY_AUTH_TOKEN"
+            f"expected a Ray cluster at {address!r}, got {one_line(error)}; "
+            "check scaling.address, RAY_ADDRESS and RAY_AUTH_TOKEN"
         ) from error
 
 

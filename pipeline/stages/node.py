@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pipeline.tracking import StageRun
 
 Task = TypeVar("Task")
+Made = TypeVar("Made")
 
 
 class StageResult(NamedTuple):
@@ -77,13 +78,14 @@ class Node(Generic[Task]):
         return f"{self.stage}:{self.branch}"
 
 
+def attempt(part: Callable[[StageContext[Task]], Made], context: StageContext[Task]) -> Made | Exception:
+    """What `part` makes of one node, or its exception: a branch that fails takes no other along; the chain says it."""
+    try:
+        return part(context)
+    except Exception as error:
+        return error
+
+
 def one_by_one(stage: Callable[[StageContext[Task]], StageResult]) -> Runner[Task]:
     """A runner that calls `stage` for each node in turn."""
-
-    def outcome(context: StageContext[Task]) -> StageResult | Exception:
-        try:
-            return stage(context)
-        except Exception as error:  # the failure of one branch is its result; the chain reports it
-            return error
-
-    return lambda contexts: [outcome(context) for context in contexts]
+    return lambda contexts: [attempt(stage, context) for context in contexts]

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from pipeline.config.data import AugmentConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.stages.freeze import FrozenBank
-from pipeline.stages.node import Node, StageContext, StageResult
+from pipeline.stages.node import Node, StageContext, StageResult, attempt
 from pipeline.stages.prepare import workers_data
-from pipeline.tracking import Entry
+from pipeline.tracking import DIGEST_PREFIX, Entry, bank_digest
 from pipeline.training import TrainedModel, TrainJob
 
 _log = logging.getLogger(__name__)
@@ -48,18 +49,15 @@ def train_node(stage: str, branch: str, task: TrainTask) -> Node[TrainTask]:
         "adapt": task.adapt,
     }
     needs = (task.data,) if task.bank is None else (task.data, task.bank)
-    return Node(stage, branch, task, sections, run_training, needs, together=True, trains=True)
+    # 2: AWP's own forward pass no longer moves running statistics; FGSM-RS notices a collapse from any accuracy.
+    return Node(stage, branch, task, sections, run_training, needs, version=2, together=True, trains=True)
 
 
 def run_training(contexts: Sequence[StageContext[TrainTask]]) -> Sequence[StageResult | Exception]:
     """Train all networks that are ready together, as many side by side as the cluster has room for."""
-    outcomes: dict[str, StageResult | Exception] = {}
-    jobs: dict[str, TrainJob] = {}
-    for context in contexts:
-        try:
-            jobs[context.key] = _job(context)
-        except (ValueError, OSError) as error:
-            outcomes[context.key] = error
+    made = {context.key: attempt(_job, context) for context in contexts}
+    jobs = {key: job for key, job in made.items() if isinstance(job, TrainJob)}
+    outcomes: dict[str, StageResult | Exception] = {k: e for k, e in made.items() if isinstance(e, Exception)}
     names = {job.output: key for key, job in jobs.items()}
 
     def on_progress(job: TrainJob, entry: Entry) -> None:
@@ -69,7 +67,7 @@ def run_training(contexts: Sequence[StageContext[TrainTask]]) -> Sequence[StageR
     results = launch_many(list(jobs.values()), contexts[0].services.config.scaling, on_progress=on_progress)
     by_key = {context.key: context for context in contexts}
     for key, result in zip(jobs, results, strict=True):
-        outcomes[key] = result if isinstance(result, Exception) else _result(by_key[key], result)
+        outcomes[key] = result if isinstance(result, Exception) else attempt(partial(_result, result), by_key[key])
     return [outcomes[context.key] for context in contexts]
 
 
@@ -78,11 +76,11 @@ def progress_line(key: str, entry: Entry, epochs: int) -> str | None:
     figures = entry.metrics
     if "val_robust" not in figures:
         return None
+    speed = figures.get("images_per_second")  # none where a resumed epoch had no step left to do
     return (
         f"{key:<34} epoch {figures['epoch']:>3.0f}/{epochs}  loss {figures['train_loss']:.3f}  validation: "
-        f"clean {100 * figures['val_clean']:.1f} %, robust {100 * figures['val_robust']:.1f} %  "
-        f"{figures['images_per_second']:.0f} img/s"
-    )
+        f"clean {100 * figures['val_clean']:.1f} %, robust {100 * figures['val_robust']:.1f} %"
+    ) + ("" if speed is None else f"  {speed:.0f} img/s")
 
 
 def _job(context: StageContext[TrainTask]) -> TrainJob:
@@ -108,21 +106,23 @@ def _bank(context: StageContext[TrainTask], key: str) -> tuple[Path, FrozenBank]
     """Pull the activation from the registry, by the version that the freeze stage pinned."""
     finished = context.upstream[key]
     frozen = FrozenBank.model_validate(finished.record.payload)
-    if frozen.reference is None:
-        _log.warning("MLflow is away, the activation not yet registered; %s uses the local files", context.key)
-        return finished.directory / frozen.directory, frozen
-    pulled = context.directory / "bank"
+    local = finished.directory / frozen.directory
+    context.run.tag({"activation_digest": frozen.digest})
+    if frozen.reference is None:  # whoever registers it later finds the version by the digest of the files
+        _log.warning("MLflow was away, the activation not yet registered; %s uses the local files", context.key)
+        context.run.activation(f"{DIGEST_PREFIX}{bank_digest(local)}")
+        return local, frozen
+    directory = context.directory / "bank"
     try:
-        context.services.registry.pull(frozen.reference, pulled)
+        context.services.registry.pull(frozen.reference, directory)
     except ConnectionError as error:  # an outage stops no training; the digest is checked wherever the files are from
         _log.warning("%s; %s uses the local files", error, context.key)
-        pulled = finished.directory / frozen.directory
+        directory = local
     context.run.activation(frozen.reference)
-    context.run.tag({"activation": frozen.reference, "activation_digest": frozen.digest})
-    return pulled, frozen
+    return directory, frozen
 
 
-def _result(context: StageContext[TrainTask], trained: TrainedModel) -> StageResult:
+def _result(trained: TrainedModel, context: StageContext[TrainTask]) -> StageResult:
     payload: dict[str, Any] = json.loads(trained.model_dump_json())
     files = sorted(str(path.relative_to(context.directory)) for path in (context.directory / MODEL).iterdir())
     return StageResult(payload, files)

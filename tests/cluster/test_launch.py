@@ -1,0 +1,59 @@
+"""How jobs are settled where Ray cannot be asked, and where the disk has no room to note it; no Ray is started."""
+
+import errno
+import os
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from cluster_toys import ToyJob, ToyResult, toy_train
+
+from pipeline.cluster import Capacity, TrainingFailed
+from pipeline.cluster.outcome import Outcome, request_stop
+from pipeline.cluster.worker import Work
+from pipeline.config.scaling import ScalingConfig
+from pipeline.training import TrainingStopped
+
+pytestmark = [
+    pytest.mark.slow,  # imports ray.train
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+launching = import_module("pipeline.cluster.launch")  # not the function of the same name
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ToyJob]:
+    """Run by a group whose workers all die; the last one was asked to stop."""
+
+    def fit(*_: object) -> None:
+        raise RuntimeError("the workers died")
+
+    monkeypatch.setattr(launching, "_fit", fit)
+    made = [ToyJob(output=tmp_path / str(number), seed=number) for number in range(3)]
+    request_stop(made[2].output)
+    launching._run_group(Work("run", made, toy_train), ScalingConfig(), Capacity(({"CPU": 1.0},)))
+    return made
+
+
+def results(jobs: list[ToyJob]) -> list[object]:
+    return [launching._result(job, "run", ToyResult) for job in jobs]
+
+
+def test_every_job_of_a_group_that_died_is_settled(jobs: list[ToyJob]) -> None:
+    first, second, stopped = results(jobs)
+    assert str(first) == str(second) == "RuntimeError: the workers died"
+    assert isinstance(stopped, TrainingStopped)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(outcome: Outcome, output: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Outcome, "save", full)
+
+
+def test_jobs_whose_outcome_finds_no_room_fail_with_a_word_of_it(full_disk: None, jobs: list[ToyJob]) -> None:
+    for result in results(jobs):
+        assert isinstance(result, TrainingFailed)
+        assert "is the disk full?" in str(result)
