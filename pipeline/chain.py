@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from pipeline import artifacts
 from pipeline.artifacts import StageRecord
+from pipeline.config.tracking import redact
 from pipeline.stages.node import Finished, Node, StageContext, StageResult
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Chain:
         self.failed: dict[str, str] = {}
         self.errors: dict[str, Exception] = {}
         self._force, self._only, self._say = force, only, say
+        self._lock = FileLock(output / ".lock")
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
@@ -143,16 +145,25 @@ class Chain:
 
     def execute(self, nodes: Iterable[Node[Any]], services: "Services") -> None:
         """Run what is not up to date. A node that fails blocks the nodes that need it and no others."""
+        with self.alone():
+            self._execute(list(nodes), services)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other chains out of the output directory, also between two calls of `execute` in the block.
+
+        Raises OutputLockedError where another one is running.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
         try:
-            lock = FileLock(self.output / ".lock").acquire(timeout=0)
+            lock = self._lock.acquire(timeout=0)
         except Timeout:
             raise OutputLockedError(
                 f"expected to be the only chain in {self.output}, another one is running there; "
                 "wait for it or choose another name=..."
             ) from None
         with lock:
-            self._execute(list(nodes), services)
+            yield
 
     def _execute(self, nodes: Sequence[Node[Any]], services: "Services") -> None:
         position = 0
@@ -218,7 +229,7 @@ class Chain:
                 result = error
         if isinstance(result, Exception):
             context.run.fail()
-            self.failed[node.key] = f"{type(result).__name__}: {result}"
+            self.failed[node.key] = redact(f"{type(result).__name__}: {result}")
             self.errors[node.key] = result
             details = context.services.log_failure(node.key, result)
             self._say(f"{node.key:<34} FAILED     {self.failed[node.key]} (traceback: {details})")

@@ -20,6 +20,7 @@ from pipeline.chain import Action, Chain, Decision, OutputLockedError
 from pipeline.cluster import ClusterTooSmall
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
+from pipeline.config.tracking import redact
 from pipeline.data import DataError
 from pipeline.stages.graph import STAGES, head, tail, tuned
 from pipeline.stages.node import Node
@@ -77,15 +78,21 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
         return DONE
     chain = Chain(root / config.name, force=options.force, only=stages)
     with Services(config, root) as services:
-        if any(decision.node.trains and decision.action is not Action.SKIP for decision in planned):
-            services.check_cluster()
-        chain.execute(_chosen(head(config), STAGES[: last + 1]), services)
-        config = tuned(config, chain.done)
-        chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)
+        if ahead := _trainings_ahead(planned):
+            services.check_cluster(searching="search" in ahead)
+        with chain.alone():
+            chain.execute(_chosen(head(config), STAGES[: last + 1]), services)
+            config = tuned(config, chain.done)
+            chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)
         if chain.failed:
             services.chain_run.fail()
     print(closing_lines(config, chain.output, chain.done, chain.failed))
     return _exit_code(chain)
+
+
+def _trainings_ahead(planned: Sequence[Decision]) -> set[str]:
+    """The stages that will ask the cluster for workers."""
+    return {step.node.stage for step in planned if step.node.trains and step.action is not Action.SKIP}
 
 
 def _plan(chain: Chain, config: ChainConfig, stages: Sequence[str], *, dry: bool) -> list[Decision]:
@@ -145,7 +152,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"sparta: {message}", file=sys.stderr)
+    print(f"sparta: {redact(str(message))}", file=sys.stderr)
     return code
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pipeline.chain import Action, Chain, OutputLockedError
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
@@ -183,6 +183,17 @@ def test_planning_writes_nothing(house: House) -> None:
     assert house.plan()["a"] == (Action.RUN, "first run")
     assert house.plan()["c"] == (Action.RUN, "after b:x")
     assert not house.output.exists()
+
+
+def test_a_chain_keeps_others_out_between_two_executions_too(house: House) -> None:
+    chain, other = Chain(house.output, say=house.lines.append), FileLock(house.output / ".lock")
+    with chain.alone():
+        chain.execute(house.nodes()[:2], LocalServices(house.output))  # type: ignore[arg-type]
+        with pytest.raises(Timeout):
+            other.acquire(timeout=0)
+        chain.execute(house.nodes()[2:], LocalServices(house.output))  # type: ignore[arg-type]
+    with other.acquire(timeout=0):
+        assert house.ran == ["a", "b", "c", "d"]
 
 
 def test_second_chain_on_the_same_output_refuses(house: House) -> None:

@@ -1,15 +1,22 @@
 """The command line: exit codes, one readable line per mistake, nothing written by a refusal or a dry run."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from pipeline import run
+from pipeline.chain import Action, Decision
+from pipeline.config.chain import ChainConfig
+from pipeline.config.load import load_config
+from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +28,7 @@ def _own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _own_signals() -> object:
     before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -29,7 +37,7 @@ def _own_signals() -> object:
     ("arguments", "message"),
     [
         (["trainng.epochs=3"], "did you mean 'training'?"),
-        (["training.threat.eps=2"], "less than or equal to 1, got 2"),
+        (["training.threat.eps=2"], "expected 0 < eps <= 1 for linf, got 2.0"),
         (["no-such-preset"], "expected a preset"),
         (["--from", "report", "--until", "prepare"], "expected --from not after --until"),
         (["data.dataset=npz", "data.path=missing.npz", "data.classes=null"], "missing.npz"),
@@ -49,6 +57,24 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "training.optimizer.lr: {uniform: [1",
+        "training.optimizer.lr: 3",
+        "training.optimizer.lrr: {uniform: [0.1, 0.2]}",
+    ],
+)
+def test_a_bad_space_file_is_one_line_and_exit_2(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(text)
+    assert run.main(["search.enabled=true", f"search.space={space}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sparta: search")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_more_workers_than_the_cluster_has_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["scaling.num_workers=4096"]) == 3
     error = capsys.readouterr().err
@@ -62,6 +88,14 @@ def test_a_trial_that_is_too_big_is_exit_3_at_once(tmp_path: Path, capsys: pytes
     assert run.main(["search.enabled=true", "search.num_workers=4096"]) == 3
     assert "lower search.num_workers" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_workers_of_a_trial_are_asked_for_only_while_the_search_is_ahead() -> None:
+    nodes = run.head(load_config("demo", ["search.enabled=true"]), planning=True)
+    done, *_ = [Decision(node, Action.SKIP, "") for node in nodes if node.stage == "search"]
+    ahead = replace(done, action=Action.RUN)
+    assert run._trainings_ahead([done]) == set()
+    assert run._trainings_ahead([ahead, *(Decision(node, Action.RUN, "") for node in nodes)]) == {"search"}
 
 
 def test_dry_run_names_every_stage_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +131,77 @@ def test_runs_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert run.runs_root() == tmp_path / "runs"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert run.runs_root() == Path.home() / "sparta-runs"
+
+
+def toy_node(stage: str, branch: str, *needs: str) -> Node[str]:
+    """Writes its branch's name, unless that is "broken"."""
+
+    def write(context: StageContext[str]) -> StageResult:
+        if context.task == "broken":
+            raise ValueError("expected 8 channels, got 12")
+        (context.directory / "out.txt").write_text(context.task)
+        return StageResult({}, ["out.txt"])
+
+    return Node(stage, branch, branch, {}, one_by_one(write), needs)
+
+
+@pytest.fixture
+def toy_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of two transfers, one of them broken, each with an evaluation; without Ray."""
+    monkeypatch.setattr(run, "head", lambda config, planning=False: [toy_node("prepare", "source")])
+    branches = ("good", "broken")
+    transfers = [toy_node("transfer", branch, "prepare:source") for branch in branches]
+    evaluations = [toy_node("evaluate", branch, f"transfer:{branch}") for branch in branches]
+    monkeypatch.setattr(run, "tail", lambda config: [*transfers, *evaluations])
+
+
+@pytest.mark.usefixtures("toy_chain")
+def test_a_broken_branch_is_named_at_the_end_with_what_it_blocks_and_exit_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(["tracking.enabled=false"]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "2 not done:\n  transfer:broken: ValueError: expected 8 channels, got 12\n  evaluate:broken: needs" in printed
+    )
+    assert re.findall(r"^(\S+) +done ", printed, re.MULTILINE) == ["prepare:source", "transfer:good", "evaluate:good"]
+    details = tmp_path / "runs" / "demo" / "failures" / "transfer-broken.txt"
+    assert f"(traceback: {details})" in printed
+    assert "Traceback" in details.read_text()
+
+
+@pytest.mark.usefixtures("toy_chain")
+def test_another_chain_is_kept_out_while_the_search_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, lock = [], tmp_path / "runs" / "demo" / ".lock"
+
+    def tuned(config: ChainConfig, done: object) -> ChainConfig:
+        if lock.exists():  # not yet when the chain is planned
+            with pytest.raises(Timeout):
+                FileLock(lock).acquire(timeout=0)
+            refused.append(done)
+        return config
+
+    monkeypatch.setattr(run, "tuned", tuned)
+    assert run.main(["tracking.enabled=false"]) == 1
+    assert len(refused) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_cluster_that_refuses_the_token_is_one_line_and_exit_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    def refuse(**options: object) -> None:
+        raise AuthenticationError("Invalid authentication token.\nEnsure that it is the cluster's")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    assert run.main(["scaling.address=127.0.0.1:1"]) == 3
+    error = capsys.readouterr().err
+    assert "expected a Ray cluster at '127.0.0.1:1', got Invalid authentication token." in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pipeline.artifacts import write_atomic
 from pipeline.cluster import ensure_ray, preflight
 from pipeline.cluster.sweep import preflight_trial
 from pipeline.config.chain import ChainConfig
+from pipeline.config.tracking import redact
 from pipeline.tracking import Registry, StageRun, Tracker
 
 _log = logging.getLogger(__name__)
@@ -28,19 +29,25 @@ class Services:
         tracking = config.tracking.model_copy(update={"uri": config.tracking.resolved_uri(root)})
         self.tracker = Tracker(tracking, self.output)
         self.registry = Registry(tracking, self.output)
-        self._stack = ExitStack()
+        self._ray = ExitStack()
         self._has_ray = False
         params: dict[str, Any] = config.model_dump(mode="json", exclude={"tracking", "scaling", "transfer", "plan"})
         self.chain_run = self.tracker.chain(config.name, params=params)
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self.chain_run)
+        self.chain_run.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return self._stack.__exit__(kind, error, trace)
+    ) -> None:
+        # After a signal MLflow hears of the end first: Ray takes seconds to stop, and a Ray job has three in all.
+        stopped = kind is not None and not issubclass(kind, Exception)
+        first, second = (self.chain_run, self._ray) if stopped else (self._ray, self.chain_run)
+        try:
+            first.__exit__(kind, error, trace)
+        finally:
+            second.__exit__(kind, error, trace)
 
     def stage_run(self, key: str, fingerprint: str, sections: dict[str, Any], needs: Sequence[str]) -> StageRun:
         """The MLflow run of a node, to be entered with `with`."""
@@ -55,12 +62,15 @@ class Services:
             ConnectionError: when a cluster was named and does not answer.
         """
         if not self._has_ray:
-            self._stack.enter_context(ensure_ray(self.config.scaling, dashboard=self.config.search.enabled))
+            self._ray.enter_context(ensure_ray(self.config.scaling, dashboard=self.config.search.enabled))
             preflight(self.config.scaling)
             self._has_ray = True
 
-    def check_cluster(self) -> None:
+    def check_cluster(self, *, searching: bool) -> None:
         """Refuse an impossible request before anything is written; a Ray of our own is asked without being started.
+
+        Args:
+            searching: whether the search is among what is to be done.
 
         Raises:
             ClusterTooSmall: when the cluster can never hold the workers of `scaling`, or those of one trial.
@@ -70,7 +80,7 @@ class Services:
             self.ray()
         else:
             preflight(self.config.scaling)
-        if self.config.search.enabled:
+        if searching:
             preflight_trial(self.config)
 
     def log_failure(self, key: str, error: Exception) -> str:
@@ -78,7 +88,7 @@ class Services:
         path = self.output / "failures" / f"{key.replace(':', '-')}.txt"
         details = getattr(error, "details", "") or "".join(traceback.format_exception(error))
         try:
-            write_atomic(path, details)
+            write_atomic(path, redact(details))
         except OSError as refusal:  # the disk that failed the node may have no room for this either
             return f"not kept, {refusal.strerror}"
         return str(path)

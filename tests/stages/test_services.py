@@ -1,0 +1,48 @@
+"""What a chain's stages share, and in which order it ends."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.load import load_config
+from pipeline.run import Terminated
+from pipeline.stages import services as services_module
+from pipeline.stages.services import Services
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt, ["mlflow, killed", "ray"]),
+        (Terminated, ["mlflow, killed", "ray"]),
+        (ValueError, ["ray", "mlflow"]),
+        (None, ["ray", "mlflow"]),
+    ],
+)
+def test_after_a_signal_mlflow_is_told_before_ray_stops(
+    error: type[BaseException] | None, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    @contextmanager
+    def ensure_ray(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            ended.append("ray")
+
+    monkeypatch.setattr(services_module, "ensure_ray", ensure_ray)
+    monkeypatch.setattr(services_module, "preflight", lambda *_: None)
+    services = Services(load_config("demo", ["tracking.enabled=false"]), tmp_path)
+    close = lambda *, killed: ended.append("mlflow, killed" if killed else "mlflow")  # noqa: E731
+    monkeypatch.setattr(services.tracker, "close", close)
+    try:
+        with services:
+            services.ray()
+            if error is not None:
+                raise error
+    except (KeyboardInterrupt, Terminated, ValueError) as raised:
+        assert type(raised) is error  # noqa: PT017
+    assert ended == expected
