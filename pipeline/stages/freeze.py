@@ -10,7 +10,7 @@ from pipeline.evaluation.stats import Accuracy
 from pipeline.stages.node import Finished, Node, StageContext, StageResult, one_by_one
 from pipeline.tracking.origin import git_commit
 from pipeline.training import TrainedModel, load_model
-from sparta_models import ActivationBank
+from sparta_models import ActivationBank, Sparta
 from sparta_models.files import SCHEMA
 
 BANK = "bank"
@@ -70,7 +70,7 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
         "activation": bank.spec.name,
         "digest": bank.digest,
         "schema": str(SCHEMA),
-        "variant": str(bank.spec.options.get("variant", "")),
+        "variant": ", ".join(sorted({site.variant for site in model.modules() if isinstance(site, Sparta)})),
         **_accuracies(trained, source, prepared),
         **({"git_commit": commit} if (commit := git_commit()) else {}),
     }
