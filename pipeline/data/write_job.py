@@ -40,4 +40,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    # Without the interpreter's own end, in which native threads of what FFCV imports were seen to wait for ever.
+    os._exit(code)
