@@ -1,4 +1,4 @@
-"""The chain as an operator submits it: by `infra/submit.sh` to a head that wants a token, a search in the same job."""
+"""The chain as an operator submits it: by `infra/submit.sh` to a head that wants a token; a search; stopped, again."""
 
 import json
 import os
@@ -18,8 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.load import load_config
 from pipeline.config.tracking import TrackingConfig
-from pipeline.tracking import Registry
+from pipeline.tracking import Registry, read_history, read_journal
+from tests.faults.chains import Mirror, undisturbed
+from tests.faults.toys import figures
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -36,6 +39,14 @@ SMALL = (
     "search.space=attack",
     "search.num_trials=2",
     "search.epochs=1",
+)
+STOPPED = (
+    "name=stopped",
+    "training.epochs=30",
+    "training.checkpoint.every_steps=2",
+    "model.options.width=8",
+    "transfer=[]",
+    "scaling.num_workers=1",
 )
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -75,6 +86,15 @@ class Head:
             time.sleep(0.5)
         return process
 
+    def job(self, name: str) -> dict[str, object]:
+        """What Ray says of a job."""
+        request = urllib.request.Request(
+            f"{self.url}/api/jobs/{name}", headers={"Authorization": f"Bearer {self.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            found: dict[str, object] = json.load(answer)
+        return found
+
     def status(self, path: str, token: str | None = None) -> int | None:
         """HTTP status of a request; None while nobody answers."""
         request = urllib.request.Request(self.url + path)
@@ -87,6 +107,12 @@ class Head:
             return int(error.code)
         except (urllib.error.URLError, OSError):
             return None
+
+    def jobs(self) -> str:
+        """What the cluster tells whoever holds the token of its jobs: command, environment, state."""
+        request = urllib.request.Request(self.url + "/api/jobs/", headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return str(answer.read().decode())
 
 
 def free_port() -> int:
@@ -160,6 +186,50 @@ def test_submitted_chain_searches_trains_registers_and_reports(head: Head, check
     assert (head.runs / "job" / "report.html").is_file()
     registry = Registry(TrackingConfig(uri=f"sqlite:///{head.runs}/mlflow.db"), head.runs / "job")
     assert commit in registry.lineage("sparta-activation@candidate")
-    assert not [path for path in head.runs.rglob("*.json") if "do not take me along" in path.read_text()]
+    told = head.jobs()
+    assert commit in told
+    assert "MLFLOW_DISABLE_TELEMETRY" in told  # the job's environment is in it,
+    assert "do not take me along" not in told  # the submitter's is not
+    unpacked = head.directory.glob("ray/session_*/runtime_resources/working_dir_files/*/pipeline/data/loader.py")
+    assert list(unpacked), "the job ran with code from elsewhere"
     (best,) = (head.runs / "job" / "search" / "best").glob("*/artifact.json")
     assert json.loads(best.read_text())["payload"]["overrides"]
+
+
+@pytest.mark.timeout(600)
+def test_stopped_job_is_submitted_again_and_comes_to_the_same_weights_and_metrics(
+    head: Head, checkout: tuple[Path, str], tmp_path: Path
+) -> None:
+    submit = [str(checkout[0] / "infra" / "submit.sh"), *STOPPED, "--until", "pretrain"]
+    detached = {**head.environment, "SUBMIT": "--no-wait --submission-id first"}
+    subprocess.run(submit, env=detached, capture_output=True, timeout=120, check=True)
+    deadline, branches = time.monotonic() + 150, ("source", "source-control")
+    journals = {branch: head.runs / "stopped" / "pretrain" / branch for branch in branches}
+    mirror, trainings = Mirror(head.runs), [f"pretrain:{branch}" for branch in branches]
+    while not epochs(journals["source"]):
+        assert head.job("first")["status"] in ("PENDING", "RUNNING"), head.job("first")
+        assert time.monotonic() < deadline, head.job("first")
+        time.sleep(0.1)
+    subprocess.run(["ray", "job", "stop", "first"], env=head.environment, capture_output=True, timeout=60, check=True)
+    assert head.job("first")["status"] == "STOPPED"
+    assert epochs(journals["source"]) < 30, "it was over before it was stopped"
+    assert {mirror.statuses()[name][-1] for name in ("stopped", *trainings)} == {"KILLED"}
+
+    ended = subprocess.run(submit, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
+    assert set(re.findall(r"^(\S+) +resume ", ended.stdout, re.MULTILINE)) == set(trainings)
+    (data,) = (head.runs / "stopped" / "prepare" / "source").glob("*/prepared.json")
+    expected = undisturbed(load_config(None, STOPPED), data.parent, tmp_path / "undisturbed")
+    assert {name: mirror.statuses()[name] for name in trainings} == {name: ["FINISHED"] for name in trainings}
+    for branch, place in journals.items():
+        (output,) = [record.parent for record in place.glob("*/artifact.json")]
+        assert json.loads((output / "trained.json").read_text())["weights_sha256"] == expected[branch].weights_sha256
+        assert figures(output) == figures(tmp_path / "undisturbed" / branch)
+        told = read_history(output / "metrics.jsonl")
+        assert mirror.history(f"pretrain:{branch}") == {key: sorted(points) for key, points in told.items()}
+
+
+def epochs(directory: Path) -> int:
+    """How many epochs the training below a branch's directory has logged."""
+    entries = [entry for path in directory.glob("*/metrics.jsonl") for entry in read_journal(path)[0]]
+    return sum("epoch" in entry.metrics for entry in entries)

@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.tracking import TrackingConfig
+from pipeline.tracking import Registry, read_history
+from sparta_models.files import SCHEMA
+from tests.faults.chains import Mirror
+
 SMALL = (
     "name=small",
     "training.epochs=2",
@@ -22,6 +27,8 @@ SMALL = (
     "evaluation.audit.budget=off",
     "evaluation.num_examples=64",
 )
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # the checkout's own may change meanwhile
+AWAY = ("tracking.uri=http://127.0.0.1:9", "tracking.close_seconds=1")
 pytestmark = [pytest.mark.chain, pytest.mark.slow]
 
 
@@ -31,7 +38,7 @@ def command(*arguments: str) -> list[str]:
 
 def environment(root: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    return {**kept, "SPARTA_RUNS": str(root)}
+    return {**kept, "SPARTA_RUNS": str(root), "SPARTA_GIT_COMMIT": COMMIT}
 
 
 def run(root: Path, *arguments: str, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
@@ -71,6 +78,15 @@ def test_chain_makes_table_report_and_registered_activation(done: tuple[Path, st
         env=environment(root), capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert "candidate" in shown.stdout
+    found = Registry(TrackingConfig(uri=f"sqlite:///{root}/mlflow.db"), root).resolve("sparta-activation@candidate")
+    assert {name: found.tags[name] for name in ("schema", "variant", "activation", "architecture")} == {
+        "schema": str(SCHEMA),
+        "variant": "depthwise",
+        "activation": "sparta",
+        "architecture": "resnet8",
+    }
+    assert found.tags["git_commit"] == COMMIT
+    assert all(re.fullmatch(r"\d+\.\d % \[.+\] \(n = \d+\)", found.tags[f"val_{name}"]) for name in ("clean", "robust"))
 
 
 def test_transfer_used_the_registered_activation_and_left_it_as_it_was(done: tuple[Path, str]) -> None:
@@ -102,10 +118,12 @@ def test_again_at_once_everything_is_up_to_date_and_no_ray_starts(done: tuple[Pa
     assert digests(root) == before
 
 
-def test_killed_chain_goes_on_and_ends_with_the_same_results(done: tuple[Path, str], tmp_path: Path) -> None:
+def test_killed_chain_goes_on_without_mlflow_to_the_same_results_which_are_delivered_later(
+    done: tuple[Path, str], tmp_path: Path
+) -> None:
     root, _ = done
     child = subprocess.Popen(
-        command(),
+        command(*AWAY),
         env=environment(tmp_path),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -117,12 +135,28 @@ def test_killed_chain_goes_on_and_ends_with_the_same_results(done: tuple[Path, s
         time.sleep(0.1)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    ended = run(tmp_path, "--until", "freeze")
+    ended = run(tmp_path, *AWAY, "--until", "transfer")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert node_lines(ended.stdout, "resume")
     resumed = digests(tmp_path)
-    assert "freeze:bank" in resumed
+    assert "transfer:wider" in resumed
     assert resumed == {key: value for key, value in digests(root).items() if key in resumed}
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    sync = [sys.executable, "-m", "pipeline.tracking", "sync", "--uri", uri, str(tmp_path / "small")]
+    synced = subprocess.run(sync, capture_output=True, text=True, timeout=120, check=False)
+    assert synced.returncode == 0, synced.stdout + synced.stderr
+    mirror = Mirror(tmp_path)
+    assert mirror.statuses() == {name: ["FINISHED"] for name in ("small", *resumed)}
+    trainings = {key for key in resumed if key.startswith(("pretrain:", "transfer:"))}
+    for key in trainings:
+        (journal,) = (tmp_path / "small" / key.replace(":", "/")).glob("*/metrics.jsonl")
+        assert mirror.history(key) == {name: sorted(points) for name, points in read_history(journal).items()}
+    found = Registry(TrackingConfig(uri=uri), tmp_path).resolve("sparta-activation@candidate")
+    transfer = mirror.run("transfer:wider")
+    assert (found.version, found.run_id) == (1, mirror.run("freeze:bank").info.run_id)
+    assert transfer.data.tags["activation"] == "sparta-activation/1"
+    assert len(transfer.inputs.model_inputs) == 1
 
 
 def test_search_finds_settings_that_the_later_stages_use(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def environment(root: Path) -> dict[str, str]:
 
 def start(root: Path, settings: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
     """The chain in a session of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
     with log.open("ab") as output:
         return subprocess.Popen(
             command(settings), env=environment(root), stdout=output, stderr=output, start_new_session=True
@@ -50,24 +51,31 @@ def start(root: Path, settings: Sequence[str], log: Path) -> "subprocess.Popen[b
 
 def strike(child: "subprocess.Popen[bytes]", how: str, rng: random.Random) -> str:
     """Disturb the chain in one way; says what was hit."""
-    driver = psutil.Process(child.pid)
-    below = driver.children(recursive=True)
+    driver, below = psutil.Process(child.pid), processes_below(child)
     if how == "worker":  # one process of Ray, FFCV or the driver's own
         workers = [p for p in below if any(name in _name(p) for name in ("ray::", "write_job"))]
         if not workers:
             return ""
         victim = rng.choice(workers)
         said = _name(victim)
-        victim.kill()
+        _kill(victim)
         return said
     if how == "all":
         for process in (driver, *below):
             _kill(process)
     elif how == "driver":
-        driver.kill()
+        child.kill()
     else:
-        driver.send_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGINT)
+        child.send_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGINT)
     return how
+
+
+def processes_below(child: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """All that a chain has started; none when it has just ended."""
+    try:
+        return psutil.Process(child.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _name(process: psutil.Process) -> str:
@@ -110,7 +118,7 @@ def soak(root: Path, settings: Sequence[str], *, kills: int, seed: int, longest:
         child, disturbed = start(root, settings, log), False
         while (code := _wait(child, rng.uniform(3.0, longest))) is None and sum(hit.values()) < kills:
             how = rng.choice(HOW)
-            below = psutil.Process(child.pid).children(recursive=True)
+            below = processes_below(child)
             if not (said := strike(child, how, rng)):
                 continue
             hit[how] += 1
@@ -148,31 +156,31 @@ def _begin_again(root: Path, rng: random.Random) -> None:
 
 
 def lost_or_doubled(root: Path, name: str) -> list[str]:
-    """Journal entries that MLflow does not have exactly once."""
-    from pipeline.config.tracking import TrackingConfig
+    """Finished runs that MLflow does not have, and entries of their journals that it does not have exactly once."""
     from pipeline.tracking.client import open_client
+    from pipeline.tracking.delivery import metric_key
     from pipeline.tracking.journal import read_journal
     from pipeline.tracking.spool import Spool
 
-    spool = Spool(root / name)
-    uri = TrackingConfig().resolved_uri(root)
+    spool, uri = Spool(root / name), f"sqlite:///{root}/mlflow.db"
     client = open_client(uri)
     found = []
     for record in spool.records():
         run_id = spool.delivered(uri, record.key).run_id
-        if record.status != "FINISHED" or run_id is None:
+        if record.status != "FINISHED":
             continue
-        for journal in record.journals:
-            wanted: Counter[tuple[str, int]] = Counter()
-            for entry in read_journal(spool.root / journal)[0]:
-                wanted.update((key, entry.step) for key in entry.metrics)
-            for key in {key for key, _ in wanted}:
-                got = Counter((key, point.step) for point in client.get_metric_history(run_id, key))
-                expected = Counter({point: n for point, n in wanted.items() if point[0] == key})
-                if got != expected:
-                    found.append(
-                        f"{record.name} {key}: {sum(got.values())} points, journal has {sum(expected.values())}"
-                    )
+        if run_id is None:
+            found.append(f"{record.name} is not in MLflow")
+            continue
+        wanted: dict[str, Counter[tuple[int, float]]] = {}
+        for entry in (entry for journal in record.journals for entry in read_journal(spool.root / journal)[0]):
+            for key, value in entry.metrics.items():
+                wanted.setdefault(metric_key(key), Counter())[entry.step, value] += 1
+        for key, expected in wanted.items():
+            got = Counter((point.step, point.value) for point in client.get_metric_history(run_id, key))
+            if got != expected:
+                lost, more = (expected - got).total(), (got - expected).total()
+                found.append(f"{record.name} {key}: {lost} of {expected.total()} points lost, {more} too many")
     return found
 
 

@@ -1,15 +1,19 @@
 """Faults of a training in real processes: in the end weights and metrics are exactly those of an undisturbed one."""
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.tracking import Journal
 from pipeline.tracking.journal import read_journal
-from pipeline.training import TrainJob
+from pipeline.training import Context, TrainJob, train
+from pipeline.training.files import save_tensors, write_text
 from tests.faults.conftest import Disk
-from tests.faults.toys import Result, finish, kill_at, log_of, newest, start, steps_done, wait_for_step
+from tests.faults.toys import Result, figures, finish, kill_at, log_of, newest, start, steps_done, wait_for_step
 
 pytestmark = pytest.mark.slow
 MakeJob = Callable[[Path], TrainJob]
@@ -52,6 +56,44 @@ def test_both_checkpoints_are_damaged(make_job: MakeJob, undisturbed: Result, tm
     assert finish(job, start(job)) == undisturbed
 
 
+@pytest.mark.parametrize("every_steps", [None, 1])
+@pytest.mark.parametrize("logged", [False, True])
+def test_ended_around_the_journal_entry_of_an_epoch(
+    logged: bool,
+    every_steps: int | None,
+    make_job: MakeJob,
+    undisturbed: Result,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before or after the entry; with a checkpoint of the epoch's last step there is no step left to do again."""
+    job = make_job(tmp_path / "run")
+    checkpoint = job.training.checkpoint.model_copy(update={"every_steps": every_steps})
+    job = job.model_copy(update={"training": job.training.model_copy(update={"checkpoint": checkpoint})})
+    log = Journal.log
+
+    def failing(journal: Journal, metrics: Mapping[str, float], step: int) -> None:
+        due = metrics.get("epoch") == epoch
+        if logged or not due:
+            log(journal, metrics, step)
+        if due:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "log", failing)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for epoch in (3, 5):  # noqa: B007 - `failing` looks at it
+            with pytest.raises(KeyboardInterrupt):
+                train(job, Context())
+        monkeypatch.undo()
+        trained = train(job, Context())
+    finally:
+        torch.set_num_threads(threads)
+    assert figures(job.output) == undisturbed.metrics
+    assert trained.weights_sha256 == undisturbed.weights
+
+
 def test_clock_is_set_back(make_job: MakeJob, undisturbed: Result, tmp_path: Path) -> None:
     job = make_job(tmp_path / "run")
     kill_at(job, 4, clock=DAY)
@@ -71,6 +113,17 @@ def test_disk_is_full_while_checkpoints_are_written(make_job: MakeJob, undisturb
         assert not list(job.output.glob("checkpoints/.*")), "a half-written checkpoint takes up space"
         disk.empty()
     assert finish(job, start(job)) == undisturbed
+
+
+def test_what_could_not_be_written_takes_up_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (lambda: write_text(tmp_path / "a", "x"), lambda: save_tensors(tmp_path / "b", {"x": torch.ones(9)})):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_is_full_while_a_journal_is_written(disk: Disk) -> None:

@@ -105,13 +105,46 @@ def finish(job: TrainJob, process: BaseProcess) -> Result:
     process.join(120)
     assert process.exitcode == 0, log_of(job).read_text()
     record = json.loads((job.output / "trained.json").read_text())
-    entries = read_journal(job.output / "metrics.jsonl")[0]
+    groups, _ = read_directory(newest(job), record="state.json")
+    state = {f"{g}/{n}": t.numpy().tobytes() for g, tensors in groups.items() for n, t in tensors.items()}
+    return Result(record["weights_sha256"], record["history"], figures(job.output), state)
+
+
+def figures(output: Path) -> list[tuple[int, str, float]]:
+    """What the journal of a training says besides times: (step, name, value), each once, no time before another's."""
+    entries = read_journal(output / "metrics.jsonl")[0]
     assert [entry.time for entry in entries] == sorted(entry.time for entry in entries)
     metrics = [(e.step, key, value) for e in entries for key, value in e.metrics.items() if key in _FIGURES]
     assert len({point[:2] for point in metrics}) == len(metrics), "a metric was logged twice"
-    groups, _ = read_directory(newest(job), record="state.json")
-    state = {f"{g}/{n}": t.numpy().tobytes() for g, tensors in groups.items() for n, t in tensors.items()}
-    return Result(record["weights_sha256"], record["history"], metrics, state)
+    return metrics
+
+
+def run_ranks(world_size: int, function: Callable[..., object], directory: Path, *arguments: object) -> None:
+    """Call function(context, directory, *arguments) on gloo ranks in processes of their own; all have to return."""
+    (directory / "rendezvous").unlink(missing_ok=True)
+    ranks = [
+        _PROCESSES.Process(target=_rank, args=(rank, world_size, function, directory, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0] * world_size
+
+
+def _rank(rank: int, world_size: int, function: Callable[..., object], directory: Path, arguments: tuple) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.training import Context
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        function(Context.from_process_group(torch.device("cpu")), directory, *arguments)
+    finally:
+        dist.destroy_process_group()
 
 
 def run_apart(function: Callable[..., object], *arguments: object, log: Path) -> tuple[int, str]:

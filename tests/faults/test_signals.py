@@ -1,0 +1,138 @@
+"""SIGTERM, Ctrl-C and kill -9 in the middle of trainings on Ray: MLflow told, exit code, and on to the same end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.config.load import load_config
+from pipeline.tracking import read_history, read_journal
+from tests.faults.chains import Mirror, undisturbed
+from tests.faults.toys import figures
+
+SETTINGS = (
+    "name=stopped",
+    "training.epochs=30",
+    "training.checkpoint.every_steps=2",
+    "model.options.width=8",
+    "transfer=[]",
+    "scaling.num_workers=1",
+    "scaling.num_cpus=2",
+)
+BRANCHES = ("source", "source-control")
+KILLED_WITHIN = 3.0  # seconds that Ray leaves a job between SIGTERM and SIGKILL
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # four times 100 s until it trains, and 300 s to the end
+]
+
+
+@contextmanager
+def chain(root: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A chain under way, killed at the end where it is not over."""
+    command = [sys.executable, "-m", "pipeline.run", *SETTINGS, "--until", "pretrain"]
+    kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
+    with (root / "log").open("wb") as log:
+        child = subprocess.Popen(command, env={**kept, "SPARTA_RUNS": str(root)}, stdout=log, stderr=log)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def said(root: Path) -> str:
+    return (root / "log").read_text()
+
+
+def directory(root: Path, branch: str) -> Path:
+    (record,) = root.glob(f"stopped/pretrain/{branch}/*/artifact.json")
+    return record.parent
+
+
+def epochs_logged(root: Path) -> int:
+    """How many epochs the journal of the source's training has."""
+    entries = [
+        entry for path in root.glob("stopped/pretrain/source/*/metrics.jsonl") for entry in read_journal(path)[0]
+    ]
+    return sum("epoch" in entry.metrics for entry in entries)
+
+
+def wait_for_epochs(root: Path, child: "subprocess.Popen[bytes]", count: int) -> None:
+    """Until the source's training has gone on by so many epochs."""
+    deadline, before = time.monotonic() + 100, epochs_logged(root)
+    while epochs_logged(root) < before + count:
+        assert child.poll() is None, said(root)
+        assert time.monotonic() < deadline, said(root)
+        time.sleep(0.05)
+    assert epochs_logged(root) < 30, "it was over before it was disturbed"
+
+
+def training_processes(child: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The Ray workers that train."""
+    found = []
+    for process in psutil.Process(child.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    assert found, "there is no process named as a worker of Ray Train"
+    return found
+
+
+def seconds_until_killed(mirror: Mirror, child: "subprocess.Popen[bytes]", sent: float) -> float:
+    """Until MLflow says KILLED of the chain and of both trainings, seen while the chain is still ending."""
+    ending = True
+    while ending:
+        ending = child.poll() is None
+        found = mirror.statuses()
+        if {found[name][-1] for name in ("stopped", *(f"pretrain:{branch}" for branch in BRANCHES))} == {"KILLED"}:
+            return time.monotonic() - sent
+        time.sleep(0.02)
+    raise AssertionError(f"it ended without telling MLflow: {found}")
+
+
+def test_stopped_killed_and_submitted_again_to_the_same_weights_and_metrics(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        with chain(tmp_path) as child:
+            wait_for_epochs(tmp_path, child, 1)
+            trainers, sent = training_processes(child), time.monotonic()
+            child.send_signal(number)
+            if number != signal.SIGKILL:
+                assert seconds_until_killed(mirror, child, sent) < KILLED_WITHIN
+            assert child.wait(60) == code, said(tmp_path)
+            _, alive = psutil.wait_procs(trainers, timeout=30)
+            assert not alive, "a training outlived its driver"
+        if number != signal.SIGKILL:
+            assert "Traceback" not in said(tmp_path)
+            assert "the same command goes on from here" in said(tmp_path)
+
+    with chain(tmp_path) as child:
+        wait_for_epochs(tmp_path, child, 1)
+        training_processes(child)[0].kill()
+        assert child.wait(300) == 0, said(tmp_path)
+    assert "was interrupted" in said(tmp_path)
+
+    (data,) = tmp_path.glob("stopped/prepare/source/*/prepared.json")
+    expected = undisturbed(load_config(None, SETTINGS), data.parent, tmp_path / "undisturbed")
+    assert mirror.statuses() == {
+        name: ["FINISHED"] for name in ("stopped", "prepare:source", *(f"pretrain:{branch}" for branch in BRANCHES))
+    }
+    for branch in BRANCHES:
+        output = directory(tmp_path, branch)
+        record = json.loads((output / "trained.json").read_text())
+        assert record["weights_sha256"] == expected[branch].weights_sha256
+        assert record["history"] == [json.loads(epoch.model_dump_json()) for epoch in expected[branch].history]
+        assert figures(output) == figures(tmp_path / "undisturbed" / branch)
+        journal = read_history(output / "metrics.jsonl")
+        assert mirror.history(f"pretrain:{branch}") == {key: sorted(points) for key, points in journal.items()}
