@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,19 +31,20 @@ class ToyResult(BaseModel):
 
 
 def toy_train(job: ToyJob, context: Context) -> ToyResult:
-    """Sums ones over the ranks in every epoch; `fault` is what goes wrong in the second one."""
+    """Sums ones over the ranks in every epoch; `fault` is what goes wrong in the second one. As in a real training, the
+    ranks agree on when to stop."""
     journal = Journal(job.output / "metrics.jsonl") if context.rank == 0 else None
     total = torch.zeros(1)
     for epoch in range(1, job.epochs + 1):
         if epoch == 2 and context.rank == context.world_size - 1:
             _go_wrong(job)
-        ones = torch.ones(1)
-        dist.all_reduce(ones)
+        ones, asked = sums = torch.tensor([1.0, float(context.stop_requested())])
+        dist.all_reduce(sums)
         total += ones
         if journal:
             journal.log({"epoch": epoch}, epoch)
         context.report({"epoch": epoch}, None)
-        if context.stop_requested():
+        if asked:
             raise TrainingStopped(f"stopped on request after step {epoch}")
     return ToyResult(seed=job.seed, world_size=context.world_size, total=total.item(), backend=dist.get_backend())
 
@@ -91,18 +93,24 @@ def toy_trial(job: TrainJob, context: Context) -> TrainedModel:
 
 
 def trained(job: TrainJob, context: Context) -> TrainedModel:
-    last, robust = job.training.epochs, score(job, job.training.epochs)
-    record = EpochRecord(
-        epoch=last, train_loss=0.0, train_clean=None, train_robust=None, val_clean=0.9, val_robust=robust
+    """What is on record of `toy_trial`."""
+    return record_of([(score(job, epoch), 0.9) for epoch in range(1, job.training.epochs + 1)], context)
+
+
+def record_of(accuracies: Sequence[tuple[float, float]], context: Context) -> TrainedModel:
+    """What is on record of a training with these robust and clean accuracies, one pair for each epoch."""
+    history = tuple(
+        EpochRecord(epoch=n, train_loss=0.0, train_clean=None, train_robust=None, val_clean=clean, val_robust=robust)
+        for n, (robust, clean) in enumerate(accuracies, 1)
     )
     return TrainedModel(
         fingerprint="toy",
         weights_sha256="",
-        epochs=last,
-        selected_epoch=last,
-        val_clean=0.9,
-        val_robust=robust,
-        history=(record,),
+        epochs=len(history),
+        selected_epoch=len(history),
+        val_clean=history[-1].val_clean,
+        val_robust=history[-1].val_robust,
+        history=history,
         activation_digest="",
         images_per_second=1.0,
         flops_per_step=1.0,

@@ -1,11 +1,12 @@
 """Launching and searching on a real Ray, one for all tests of this file; trainings are toys unless said otherwise."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from cluster_toys import ToyJob, ToyResult, toy_train, toy_trial
+from cluster_toys import ToyJob, ToyResult, slow_trial, toy_train, toy_trial
 
 from pipeline.cluster import ClusterTooSmall, TrainingFailed, ensure_ray, launch, preflight
 from pipeline.cluster.launch import run_jobs
@@ -13,7 +14,8 @@ from pipeline.cluster.sweep import SearchFailed, load_trials, search
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import load_config, overlay
 from pipeline.config.scaling import ScalingConfig
-from pipeline.data import prepare
+from pipeline.data import PreparedData, prepare
+from pipeline.tracking.journal import read_history
 from pipeline.training import Context, TrainedModel, TrainingStopped, TrainJob, train
 
 pytestmark = [
@@ -175,7 +177,7 @@ def test_a_trial_that_diverges_and_one_whose_process_is_killed_do_not_end_the_sw
     assert (by_momentum[0.5].state, by_momentum[0.5].error) == ("failed", "ArithmeticError: diverged")
     killed = by_momentum[0.6]
     assert killed.state == "done"
-    assert [point.epoch for point in killed.history] == [1, 3]  # epoch 2 was done when it was killed
+    assert [point.epoch for point in killed.history] == [1, 2, 3]  # killed between the end of 2 and its report
     assert found.best.number in {killed.number, by_momentum[0.4].number}
 
 
@@ -201,10 +203,14 @@ def test_a_finished_sweep_runs_nothing_again_and_a_longer_one_only_what_is_new(t
     assert set(heard) == {2}
 
 
-def test_trials_of_two_workers_nest_a_training_and_do_not_block_each_other(tmp_path: Path):
-    config = sweep_config(tmp_path, "search.num_workers=2", "search.num_trials=3")
-    found = search(config, data=tmp_path, output=tmp_path / "out", train=toy_trial)
-    assert [trial.state for trial in found.trials] == ["done"] * 3
+def test_trials_of_two_workers_nest_a_training_and_do_not_block_each_other_though_one_is_stopped(tmp_path: Path):
+    space = "training.optimizer.lr: {choice: [0.1, 0.001, 0.11]}"
+    settings = ("search.num_workers=2", "search.num_trials=3", "search.algorithm=grid", "search.scheduler=asha")
+    config = sweep_config(tmp_path, *settings, space=space)
+    found = search(config, data=tmp_path, output=tmp_path / "out", train=slow_trial)
+    first, weak, last = found.trials
+    assert (first.state, weak.state, weak.history[-1].epoch) == ("done", "stopped", 1)
+    assert last.history, "the workers of the stopped trial are free again"
     outcome = (tmp_path / "out" / found.best.job_directory / "outcome.json").read_text()
     assert '"world_size": 2' in outcome
 
@@ -218,7 +224,10 @@ def test_trials_that_are_too_big_for_the_cluster_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("space", ["attack", "activation"])
 def test_a_space_of_the_project_is_searched_end_to_end_on_the_demo_data(space, demo, tmp_path: Path):
-    config, data = demo
+    config, prepared = demo
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    PreparedData.load(data).path("test").unlink()  # nothing of a sweep may look at it
     settings = {"search.enabled": True, "search.space": space, "search.num_trials": 2, "search.epochs": 1}
     found = search(overlay(config, settings), data=data, output=tmp_path)
     assert [trial.state for trial in found.trials] == ["done", "done"]
@@ -240,6 +249,9 @@ def test_population_based_training_goes_on_from_copied_weights_with_changed_sett
     found = search(overlay(config, settings), data=data, output=tmp_path)
     changed = [trial for trial in found.trials if len(trial.legs) > 1]
     assert changed, "with four trials and six epochs the worst one is replaced at least once"
+    for trial in changed:
+        epochs = [value for _, value in read_history(tmp_path / trial.job_directory / "metrics.jsonl")["epoch"]]
+        assert 1 < epochs[0] <= epochs[-1] == 6, "with the weights of the other one it went on where that one was"
     for trial in found.trials:
         assert trial.history[-1].epoch == 6
         assert [point.epoch for point in trial.history] == sorted({point.epoch for point in trial.history})
