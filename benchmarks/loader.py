@@ -245,10 +245,10 @@ def wait(place: Path, steps: int = 12) -> Figures:
     return {"share": waited / total, "step": total / steps}
 
 
-def run(place: Path, *arguments: str) -> Figures:
-    """Figures of a process of its own, whose caches are in `place`."""
+def run(place: Path, *arguments: str, caches: Path | None = None) -> Figures:
+    """Figures of a process of its own, whose caches are in `place`, or elsewhere."""
     command = [sys.executable, __file__, "--child", str(place), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings(place))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings(caches or place))
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -300,7 +300,10 @@ def report(place: Path, repeats: int) -> None:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{versions}, {cores} cores, load {load:.1f} at the start, median of {repeats}\n")
     writing = {what: run(place, "write", what) for what in (SMALL, LARGE)}
-    cold = {what: run(place, what, "ffcv", "1")["first"] for what in (SMALL, PHOTOS, LARGE)}
+    whats = (SMALL, PHOTOS, LARGE)
+    cold = {what: run(place, what, "ffcv", "1", caches=place / "cold" / what)["first"] for what in whats}
+    for what in LOADERS:  # compiled and verified, for all that follows
+        run(place, what, "ffcv", "1")
     table: Table = {}
     for what in LOADERS:
         table |= shown(medians(place, what, repeats))

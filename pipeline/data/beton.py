@@ -4,12 +4,16 @@ FFCV's file format, writer, index reader and native decoders (libjpeg-turbo, Ope
 That class hangs on an exception, leaks a thread per abandoned epoch, overwrites batches that are kept, and pads shards
 with duplicates. Here a batch is decoded by one call that holds no state and releases the GIL, into memory of its own,
 so order, shards, prefetching and errors are the business of `pipeline.data.loader`, the same for every reader.
+
+Files are read, not mapped: the page cache serves both alike, but mapped pages count as the process's own memory, by how
+much depends on the kernel, and one that a truncated file no longer has ends the process by SIGBUS.
 """
 
-import mmap
 import multiprocessing
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,9 +54,8 @@ _SMALL_PAGE, _PAGE, _LARGEST_PAGE = 1 << 21, 1 << 23, 1 << 31
 """FFCV takes powers of two from the first to the third."""
 _MOST_PIXELS = 2048
 """Per byte of a JPEG: far above the 64 of a picture of one colour, far below what a wrong index would ask for."""
-_SMALL_FILE, _MAPPED, _AROUND = 200 << 20, 32 << 20, 128 << 10
-"""Of a file above the first size, pages are given back after about so many mapped bytes: the page cache keeps them, and
-resident memory stays bounded. The kernel maps neighbours with every image: the third is what they add on average."""
+_GOOD, _SHORT, _BAD = 0, 1, 2
+"""What became of an image: it was read, the file ends before it, it does not decode."""
 
 # Named as symbols, not through ctypes pointers, so that numba may keep the compiled code on disk.
 binding.load_library_permanently(ffcv.libffcv.ffcv._libffcv.__file__)
@@ -61,6 +64,7 @@ _imdecode = types.ExternalFunction(
     "imdecode", types.int32(_pointer, _u8, _u4, _u4, _pointer, *[_u4] * 6, types.boolean, types.boolean)
 )
 _resize = types.ExternalFunction("resize", types.void(*[_i8] * 11))
+_pread = types.ExternalFunction("pread", types.intp(types.int32, _pointer, _u8, _i8))
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,28 +77,31 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _gather(data, starts, out):  # type: ignore[no-untyped-def]
+def _gather(file, starts, out):  # type: ignore[no-untyped-def]
     for k in range(len(starts)):
-        out[k, :] = data[starts[k] : starts[k] + out.shape[1]]
+        if _pread(file, out[k].ctypes.data, out.shape[1], starts[k]) != out.shape[1]:
+            return _SHORT, k
+    return _GOOD, -1
 
 
 @_compiled
-def _decode(data, starts, sizes, shapes, boxes, scratch, out):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+def _decode(file, starts, sizes, shapes, boxes, packed, scratch, out):  # type: ignore[no-untyped-def]  # noqa: PLR0917
     for k in range(len(starts)):
         height, width = shapes[k]
         top, left, rows, columns = boxes[k]
-        packed = data[starts[k] : starts[k] + sizes[k]]
+        if _pread(file, packed.ctypes.data, sizes[k], starts[k]) != sizes[k]:
+            return _SHORT, k
         status = _imdecode(
             packed.ctypes.data, sizes[k], height, width, scratch.ctypes.data, height, width, 0, 0, 1, 1, False, False
         )
         if status != 0:
-            return k
+            return _BAD, k
         target = out[k]
         _resize(
             0, scratch.ctypes.data, height, width, top, top + rows, left, left + columns,
             target.ctypes.data, target.shape[0], target.shape[1],
         )  # fmt: skip
-    return -1
+    return _GOOD, -1
 
 
 def fields(storage: Storage, channels: int, size: int, quality: int) -> dict[str, Any]:
@@ -197,14 +204,12 @@ class BetonReader:
         self._starts: Integers = (image if image.dtype.names is None else image["data_ptr"]).astype(np.int64)
         table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
         self._sizes: Integers = table["size"].astype(np.int64)
-        self.shapes: Integers = np.full((self.num_samples, 2), size, dtype=np.int64)
+        self.shapes: Integers = np.full((len(self.labels), 2), size, dtype=np.int64)
         if image.dtype.names is not None:
             self.shapes = np.stack([image["height"], image["width"]], 1).astype(np.int64)
         self._check_index(path)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._data = np.frombuffer(self._map, np.uint8)
-        self._unreturned = 0
+        self._path, self._file = path, os.open(path, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._file)
 
     def _check_index(self, path: Path) -> None:
         """Refuse what would lead the compiled kernels out of the file, or out of an image: they do not look."""
@@ -229,37 +234,32 @@ class BetonReader:
             boxes: (B, 4) top, left, height, width of the part that becomes the image; for JPEG, which needs it.
 
         Raises:
-            DataError: an image does not decode.
+            DataError: an image does not decode, or the file was cut since it was opened.
         """
         out = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
+        starts = self._starts[indices]
         if self.storage == "raw":
-            _gather(self._data, self._starts[indices], out.reshape(len(indices), -1))
+            outcome, which = _gather(self._file, starts, out.reshape(len(indices), -1))
         else:
             assert boxes is not None
-            shapes = self.shapes[indices]
+            shapes, sizes = self.shapes[indices], self._sizes[indices]
+            packed = np.empty(int(sizes.max(initial=0)), np.uint8)
             scratch = np.empty(int(shapes.prod(1).max(initial=0)) * 3, np.uint8)
-            sizes = self._sizes[indices]
-            bad = _decode(self._data, self._starts[indices], sizes, shapes, boxes, scratch, out)
-            if bad >= 0:
-                raise DataError(f"image {indices[bad]} does not decode; {_AGAIN}")
-        self._give_back(int(self._sizes[indices].sum()) + len(indices) * _AROUND)
+            outcome, which = _decode(self._file, starts, sizes, shapes, boxes, packed, scratch, out)
+        if outcome == _SHORT:
+            raise DataError(f"{self._path}: was cut while it was read, image {indices[which]} is not there; {_AGAIN}")
+        if outcome == _BAD:
+            raise DataError(f"{self._path}: image {indices[which]} does not decode; {_AGAIN}")
         return out
 
     def stored(self, index: int) -> Pixels:
         """The bytes of one image as they lie in the file."""
-        start = self._starts[index]
-        return self._data[start : start + self._sizes[index]].copy()
-
-    def _give_back(self, num_bytes: int) -> None:
-        self._unreturned += num_bytes
-        if self._unreturned > _MAPPED and len(self._map) > _SMALL_FILE:
-            self._unreturned = 0
-            self._map.madvise(mmap.MADV_DONTNEED)
+        return np.frombuffer(os.pread(self._file, int(self._sizes[index]), int(self._starts[index])), np.uint8)
 
     def close(self) -> None:
-        """Unmap the file."""
-        self._data = np.empty(0, np.uint8)
-        del self._map
+        """Close the file."""
+        self._close()
+        self._file = -1  # the number may soon be another file's
 
 
 def _open(path: Path, expected: dict[str, str]) -> Any:

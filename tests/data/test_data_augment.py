@@ -76,6 +76,19 @@ def test_flip_happens_about_half_the_time():
     assert abs(flipped - 0.5) < 4 * math.sqrt(0.25 / 2000)
 
 
+@pytest.mark.parametrize("cropped", [False, True])
+def test_a_flip_without_a_crop_is_the_image_or_its_mirror(cropped):
+    x = images(num=64)
+    given, plain = x.clone(), to_float(x)
+    crop = RandomResizedCropConfig() if cropped else None  # done while decoding
+    config = AugmentConfig(pad_crop=0, random_resized_crop=crop)
+    y = augment(x, config, seeded(), cropped=cropped)
+    mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(y, plain, strict=True)]
+    assert all(m != torch.equal(a, b) for m, a, b in zip(mirrored, y, plain, strict=True))
+    assert set(mirrored) == {True, False}
+    assert torch.equal(x, given)
+
+
 def test_whole_image_resized_crop_is_the_image():
     whole = RandomResizedCropConfig(scale=(1, 1), ratio=(1, 1))
     x = images()

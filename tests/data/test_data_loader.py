@@ -1,6 +1,7 @@
 """The loader's contract: the same for every reader, and none of FFCV's traps."""
 
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.config.data import AugmentConfig, ColorJitterConfig, RandomResizedCropConfig
-from pipeline.data import DataError, open_split
+from pipeline.data import DataError, PreparedData, open_split
 from pipeline.data.folder import folder_source
 from pipeline.data.loader import Loader
 from pipeline.data.order import Order
@@ -337,18 +338,15 @@ def test_a_box_is_that_part_of_the_jpeg_image(decoded):
 
 
 @pytest.mark.parametrize("kind", ["rgb", "photos"])
-def test_pages_that_are_given_back_while_others_read_change_no_pixel(request, kind, monkeypatch):
-    from pipeline.data import beton
-
-    arguments = {"batch_size": 3, "seed": 1, "shuffle": True, "augment": ALL, "loader": "ffcv"}
-    prepared = request.getfixturevalue(kind)
-    with open_split(prepared, "train", workers=1, **arguments) as loader:
-        kept = drawn(loader)
-    monkeypatch.setattr(beton, "_SMALL_FILE", 0)
-    monkeypatch.setattr(beton, "_MAPPED", 0)
-    with open_split(prepared, "train", workers=4, **arguments) as loader:
-        assert same(kept, drawn(loader))
-        assert loader._reader._unreturned == 0
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_signal(request, kind, tmp_path):
+    shutil.copytree(request.getfixturevalue(kind).directory, tmp_path, dirs_exist_ok=True)
+    prepared = PreparedData.load(tmp_path)
+    with open_split(prepared, "train", batch_size=1, loader="ffcv") as loader:
+        batches = iter(loader)
+        next(batches)
+        os.truncate(prepared.path("train"), 1000)
+        with pytest.raises(DataError, match=r"train\.beton: was cut while it was read"):
+            list(batches)
 
 
 @pytest.mark.parametrize(("ranks", "ranks_here", "threads"), [(1, None, 8), (4, None, 2), (8, "2", 4), (8, "8", 1)])
