@@ -101,6 +101,7 @@ def robustness_curves(inputs: ReportInputs, output: Path, *, dpi: int) -> list[C
         axes.axhline(1 / len(cards[0].class_names), color=MUTED, linewidth=1, linestyle=(0, (2, 3)), label="chance")
         axes.axvline(scale * threat.eps, color=MUTED, linewidth=1)
         _accuracy_axis(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"eps ({threat.norm}" + (", in 1/255)" if scale > 1 else ")"))
         axes.legend()
 

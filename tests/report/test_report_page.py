@@ -125,6 +125,7 @@ def test_classes_are_on_the_page_and_in_a_table(inputs: ReportInputs, tmp_path: 
     assert [float(line["robust"]) for line in lines] == [0.3, 0.875, 0.875]
     page = report.page.read_text(encoding="utf-8")
     assert "source: clean and robust accuracy of 2 classes" in page
+    assert "(n = 10)" in page
     assert re.search(r'<th scope="row">zero</th><td[^>]*>\s*90.0 %', page)
     none = card.model_copy(update={"evaluation": card.evaluation.model_copy(update={"per_class": ()})})
     again = build_report(ReportInputs(title="t", models=(none,)), tmp_path, ReportConfig(num_pictures=0))
