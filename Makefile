@@ -10,7 +10,7 @@ demo: setup            ## the whole chain on embedded real data
 # Three workers on two cores, because the one that runs the chain mostly waits.
 test: setup-dev lint   ## lint, types and the tests, all but test-extended
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not extended" -n 3 --dist loadfile
-	@$(PY) -m pytest -q -m ray
+	@$(PY) -m pytest -q -m "ray and not extended"
 
 test-extended: setup-dev  ## minutes of waiting: for Ray's own timers (elastic training), for torch.compile
 	@$(PY) -m pytest -q -m extended

@@ -42,7 +42,7 @@ SMALL = (
 )
 STOPPED = (
     "name=stopped",
-    "training.epochs=30",
+    "training.epochs=60",
     "training.checkpoint.every_steps=2",
     "model.options.width=8",
     "transfer=[]",
@@ -196,7 +196,8 @@ def test_submitted_chain_searches_trains_registers_and_reports(head: Head, check
     assert json.loads(best.read_text())["payload"]["overrides"]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.extended  # on a busy machine one of the trainings may be over before `ray job stop` has started
+@pytest.mark.timeout(900)
 def test_stopped_job_is_submitted_again_and_comes_to_the_same_weights_and_metrics(
     head: Head, checkout: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -212,7 +213,7 @@ def test_stopped_job_is_submitted_again_and_comes_to_the_same_weights_and_metric
         time.sleep(0.1)
     subprocess.run(["ray", "job", "stop", "first"], env=head.environment, capture_output=True, timeout=60, check=True)
     assert head.job("first")["status"] == "STOPPED"
-    assert epochs(journals["source"]) < 30, "it was over before it was stopped"
+    assert all(epochs(journal) < 60 for journal in journals.values()), "one was over before it was stopped"
     assert {mirror.statuses()[name][-1] for name in ("stopped", *trainings)} == {"KILLED"}
 
     ended = subprocess.run(submit, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
