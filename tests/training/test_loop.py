@@ -40,7 +40,7 @@ from pipeline.training import run as run_module
 from pipeline.training.errors import FrozenChangedError
 from pipeline.training.files import read_directory
 from pipeline.training.methods import Terms
-from pipeline.training.network import Forward, build_network
+from pipeline.training.network import Forward, build_network, shadow
 from sparta_models import ActivationBank, build_model
 
 RICH = {
@@ -481,15 +481,17 @@ def test_floor_is_measured_again_after_the_fall_back(make_job, monkeypatch):
     assert measured == [5, 9]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        PGDATConfig(attack=AttackConfig(steps=1)),
-        PGDATConfig(attack=AttackConfig(steps=1, bn="train")),
-        FGSMRSConfig(),
-        FGSMRSConfig(bn="train"),
-    ],
-)
+def test_clean_images_are_looked_at_in_eval_mode_also_where_attacks_are_not(make_job, digits):
+    job = make_job(method=PGDATConfig(attack=AttackConfig(steps=1, bn="train")))
+    run = run_module.open_run(job, Context(), digits, None, "look")
+    with run.loader, run.val_loader:
+        x, _ = next(iter(run.loader))
+    z, expected = run.clean_look(x), shadow(run.model)(x).detach()
+    torch.testing.assert_close(z, expected)
+    assert not torch.allclose(run.attacked.look(x), expected, atol=0.01)
+
+
+@pytest.mark.parametrize("method", [PGDATConfig(attack=AttackConfig(steps=1)), FGSMRSConfig()])
 def test_clean_accuracy_of_adversarial_training_is_that_of_the_network_before_the_step(method, make_job, digits):
     """All images in one batch, one step: the look at the clean ones is at the initial network."""
     job = make_job(epochs=1, batch_size=90, method=method)
