@@ -76,6 +76,7 @@ def test_foolbox_fools_nothing_that_we_report_as_robust_and_takes_our_images(our
     assert foolbox.distances.linf(x, x_adv).max() <= EPS + 1e-6
 
 
+@pytest.mark.slow
 def test_autoattack_fools_nothing_that_we_report_as_robust_and_warns_of_nothing(ours):
     pytest.importorskip("pyautoattack")
     # What we fooled is known to be foolable: only what we report as robust can refute us, the most fragile first.
@@ -111,6 +112,7 @@ def test_what_autoattack_warns_of_is_in_the_record(robust, prepared, tmp_path):
     assert any(w.startswith("autoattack: ") and "randomized defense" in w for w in result.warnings)
 
 
+@pytest.mark.slow
 def test_autoattack_in_l2_runs_in_the_suite(robust, prepared, tmp_path):
     pytest.importorskip("pyautoattack")
     threat = ThreatModel(norm="l2", eps=1.0)
