@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
-from pipeline.cluster.capacity import Capacity, preflight, uses_gpu, worker_bundle
+from pipeline.cluster.capacity import Capacity, connected, preflight, uses_gpu, worker_bundle
 from pipeline.cluster.outcome import Outcome, clear_stop, failed, load_outcome, request_stop, stop_requested, stopped
 from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.worker import Job, Train, Work, run_work
@@ -131,10 +131,10 @@ def _follow(jobs: Sequence[Job], alive: Callable[[], bool], on_progress: OnProgr
 
 
 def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
-    """Fit until every job of the group is settled: after each fit at least one more is."""
+    """Fit until every job of the group is settled: after each fit at least one more is, or a death is made up for."""
     from ray.train import WorkerGroupError
 
-    pending = list(work.jobs)
+    pending, deaths = list(work.jobs), 0
     while pending:
         error: Exception = RuntimeError("left no outcome; put its output on a filesystem that all nodes share")
         try:
@@ -143,7 +143,11 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
         except WorkerGroupError as failure:
             # The jobs run in order, so the first one without an outcome is the one that failed.
             error, settled = failure, 1
-        except Exception as failure:  # no workers, or no cluster any more: the next attempt would end the same way
+        except Exception as failure:
+            if deaths < scaling.max_failures and _is_death(failure) and _may_go_on(pending):
+                deaths += 1
+                continue
+            # No workers, or no cluster any more: the next attempt would end the same way.
             error, settled = failure, len(pending)
         unsettled = [job for job in pending if load_outcome(job.output, work.run) is None]
         asked = [job for job in unsettled if stop_requested(job.output)]
@@ -153,6 +157,19 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
             if job not in asked:
                 _settle(job, failed(work.run, error))
         pending = [job for job in unsettled[settled:] if job not in asked]
+
+
+def _is_death(failure: Exception) -> bool:
+    """Whether a process died where Ray Train does not make up for it: its controller, or a worker that was starting."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    return isinstance(failure.controller_failure if isinstance(failure, ControllerError) else failure, RayActorError)
+
+
+def _may_go_on(jobs: Sequence[Job]) -> bool:
+    """Whether nobody wants the jobs to end; where the driver is about to, Ray must not be started again."""
+    return connected() and not any(stop_requested(job.output) for job in jobs)
 
 
 def _settle(job: Job, outcome: Outcome) -> None:

@@ -9,7 +9,7 @@ import pytest
 from cluster_toys import ToyJob, ToyResult, toy_train
 
 from pipeline.cluster import Capacity, TrainingFailed
-from pipeline.cluster.outcome import Outcome, request_stop
+from pipeline.cluster.outcome import Outcome, done, request_stop
 from pipeline.cluster.worker import Work
 from pipeline.config.scaling import ScalingConfig
 from pipeline.training import TrainingStopped
@@ -43,6 +43,34 @@ def test_every_job_of_a_group_that_died_is_settled(jobs: list[ToyJob]) -> None:
     first, second, stopped = results(jobs)
     assert str(first) == str(second) == "RuntimeError: the workers died"
     assert isinstance(stopped, TrainingStopped)
+
+
+@pytest.mark.parametrize(("dies", "attempts"), [("once", 2), ("always", 4), ("stopped", 1), ("disconnected", 1)])
+@pytest.mark.parametrize("of", ["controller", "worker"])
+def test_a_death_that_ray_train_does_not_make_up_for_is_borne_as_often_as_any_other(
+    dies: str, attempts: int, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train import ControllerError
+
+    job, fits = ToyJob(output=tmp_path), []
+
+    def fit(work: Work, *_: object) -> None:
+        fits.append(work.jobs)
+        if dies == "once" and len(fits) == 2:
+            done(work.run, ToyResult(seed=0, world_size=1, total=1.0, backend="gloo")).save(job.output)
+            return
+        if dies == "stopped":
+            request_stop(job.output)
+        raise ActorDiedError() if of == "controller" else ControllerError(ActorDiedError())
+
+    monkeypatch.setattr(launching, "_fit", fit)
+    monkeypatch.setattr(launching, "connected", lambda: dies != "disconnected")
+    launching._run_group(Work("run", [job], toy_train), ScalingConfig(max_failures=3), Capacity(({"CPU": 1.0},)))
+    (result,) = results([job])
+    assert len(fits) == attempts
+    expected = {"once": ToyResult, "stopped": TrainingStopped}.get(dies, TrainingFailed)
+    assert isinstance(result, expected)
 
 
 @pytest.fixture

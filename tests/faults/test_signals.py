@@ -78,14 +78,14 @@ def wait_for_epochs(root: Path, child: "subprocess.Popen[bytes]", count: int) ->
     assert epochs_logged(root) < 30, "it was over before it was disturbed"
 
 
-def training_processes(child: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """The Ray workers that train."""
+def ray_processes(child: "subprocess.Popen[bytes]", name: str) -> list[psutil.Process]:
+    """The processes of a chain's Ray that bear a name: "RayTrainWorker" trains, "TrainController" looks after it."""
     found = []
     for process in psutil.Process(child.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
-    assert found, "there is no process named as a worker of Ray Train"
+    assert found, f"there is no {name}"
     return found
 
 
@@ -106,7 +106,7 @@ def test_stopped_killed_and_submitted_again_to_the_same_weights_and_metrics(tmp_
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         with chain(tmp_path) as child:
             wait_for_epochs(tmp_path, child, 1)
-            trainers, sent = training_processes(child), time.monotonic()
+            trainers, sent = ray_processes(child, "RayTrainWorker"), time.monotonic()
             child.send_signal(number)
             if number != signal.SIGKILL:
                 assert seconds_until_killed(mirror, child, sent) < KILLED_WITHIN
@@ -119,7 +119,8 @@ def test_stopped_killed_and_submitted_again_to_the_same_weights_and_metrics(tmp_
 
     with chain(tmp_path) as child:
         wait_for_epochs(tmp_path, child, 1)
-        training_processes(child)[0].kill()
+        for name in ("RayTrainWorker", "TrainController"):
+            ray_processes(child, name)[0].kill()
         assert child.wait(300) == 0, said(tmp_path)
     assert "was interrupted" in said(tmp_path)
 
