@@ -71,9 +71,12 @@ def _run_job(job: Job, work: Work) -> None:
 
 def worth_retrying(error: Exception) -> bool:
     """Whether an exception may come from outside the job, so that a new attempt makes sense."""
-    # A worker sees the death of another as a RuntimeError of the process group, a failing disk or network as an
-    # OSError. Any other exception comes from the job itself and would come again.
-    return isinstance(error, OSError | RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+    from ray.exceptions import RayError
+
+    # A worker sees the death of another as a RuntimeError of the process group, that of its controller as a RayError
+    # when it reports, a failing disk or network as an OSError. Any other exception comes from the job itself and would
+    # come again.
+    return isinstance(error, OSError | RuntimeError | RayError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def _context(job: Job) -> Any:

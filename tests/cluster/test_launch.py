@@ -6,11 +6,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from cluster_toys import ToyJob, ToyResult, toy_train
 
 from pipeline.cluster import Capacity, TrainingFailed
 from pipeline.cluster.outcome import Outcome, done, request_stop
-from pipeline.cluster.worker import Work
+from pipeline.cluster.worker import Work, worth_retrying
 from pipeline.config.scaling import ScalingConfig
 from pipeline.training import TrainingStopped
 
@@ -85,3 +86,12 @@ def test_jobs_whose_outcome_finds_no_room_fail_with_a_word_of_it(full_disk: None
     for result in results(jobs):
         assert isinstance(result, TrainingFailed)
         assert "is the disk full?" in str(result)
+
+
+def test_only_what_came_from_outside_the_job_is_tried_again() -> None:
+    from ray.exceptions import ActorDiedError
+
+    outside = (ActorDiedError(), RuntimeError("connection closed by peer"), OSError("disk"))
+    inside = (ValueError("settings"), ArithmeticError("diverged"), torch.OutOfMemoryError("16 GiB"))
+    assert all(worth_retrying(error) for error in outside)
+    assert not any(worth_retrying(error) for error in inside)
