@@ -5,7 +5,6 @@ for, and each takes its share of the jobs one after the other.
 """
 
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from pydantic import BaseModel
 
 from pipeline.cluster.capacity import Capacity, connected, preflight, uses_gpu, worker_bundle
 from pipeline.cluster.outcome import Outcome, clear_stop, failed, load_outcome, request_stop, stop_requested, stopped
-from pipeline.cluster.session import cluster_address, ensure_ray
+from pipeline.cluster.session import cluster_address, ensure_ray, start_thread
 from pipeline.cluster.worker import Job, Train, Work, run_work
 from pipeline.config.scaling import ScalingConfig
 from pipeline.tracking.journal import Entry, read_journal
@@ -102,9 +101,7 @@ def _shares(jobs: Sequence[Job], scaling: ScalingConfig, capacity: Capacity) -> 
 @contextmanager
 def _running(groups: Sequence[Work], scaling: ScalingConfig, capacity: Capacity) -> Iterator[Callable[[], bool]]:
     """Run the groups in threads; yield whether any of them is still alive. On an exception, ask the jobs to stop."""
-    threads = [threading.Thread(target=_run_group, args=(work, scaling, capacity), daemon=True) for work in groups]
-    for thread in threads:
-        thread.start()
+    threads = [start_thread(_run_group, work, scaling, capacity) for work in groups]
     try:
         yield lambda: any(thread.is_alive() for thread in threads)
     except BaseException:

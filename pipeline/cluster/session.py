@@ -5,15 +5,19 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.cluster.capacity import connected
 from pipeline.config.base import one_line
 from pipeline.config.scaling import ScalingConfig
 
 _log = logging.getLogger(__name__)
+_THREADS_END_SECONDS = 20.0
+_threads: list[threading.Thread] = []
 
 
 @contextmanager
@@ -41,7 +45,29 @@ def ensure_ray(scaling: ScalingConfig, *, dashboard: bool = False) -> Iterator[N
     try:
         yield
     finally:
-        ray.shutdown()
+        try:
+            _wait_for_threads()
+        finally:
+            ray.shutdown()
+
+
+def start_thread(target: Callable[..., None], *args: Any) -> threading.Thread:
+    """Start a daemon thread that uses Ray; Ray is not shut down under it.
+
+    A thread that asks Ray after its shutdown ends the whole process, with exit code 1 whatever had been decided.
+    """
+    thread = threading.Thread(target=target, args=args, daemon=True)
+    _threads.append(thread)
+    thread.start()
+    return thread
+
+
+def _wait_for_threads() -> None:
+    """Give the threads that were asked to stop the time that it takes their workers to save a checkpoint."""
+    deadline = time.monotonic() + _THREADS_END_SECONDS
+    for thread in _threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    _threads.clear()
 
 
 @contextmanager

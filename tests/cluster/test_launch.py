@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from cluster_toys import ToyJob, ToyResult, toy_train
 
-from pipeline.cluster import Capacity, TrainingFailed
+from pipeline.cluster import Capacity, TrainingFailed, ensure_ray
 from pipeline.cluster.outcome import Outcome, done, request_stop
+from pipeline.cluster.session import start_thread
 from pipeline.cluster.worker import Work, worth_retrying
 from pipeline.config.scaling import ScalingConfig
 from pipeline.training import TrainingStopped
@@ -95,3 +97,13 @@ def test_only_what_came_from_outside_the_job_is_tried_again() -> None:
     inside = (ValueError("settings"), ArithmeticError("diverged"), torch.OutOfMemoryError("16 GiB"))
     assert all(worth_retrying(error) for error in outside)
     assert not any(worth_retrying(error) for error in inside)
+
+
+def test_ray_is_not_shut_down_under_a_thread_that_uses_it(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    alive = []
+    monkeypatch.setattr("ray.shutdown", lambda: alive.append(thread.is_alive()))
+    with ensure_ray(ScalingConfig()):
+        thread = start_thread(time.sleep, 0.3)
+    assert alive == [False]
