@@ -17,7 +17,10 @@ from pipeline.config.scaling import ScalingConfig
 
 _log = logging.getLogger(__name__)
 _THREADS_END_SECONDS = 20.0
-_threads: list[threading.Thread] = []
+
+
+class _RayThread(threading.Thread):
+    """A thread that uses Ray."""
 
 
 @contextmanager
@@ -56,8 +59,7 @@ def start_thread(target: Callable[..., None], *args: Any) -> threading.Thread:
 
     A thread that asks Ray after its shutdown ends the whole process, with exit code 1 whatever had been decided.
     """
-    thread = threading.Thread(target=target, args=args, daemon=True)
-    _threads.append(thread)
+    thread = _RayThread(target=target, args=args, daemon=True)
     thread.start()
     return thread
 
@@ -65,9 +67,9 @@ def start_thread(target: Callable[..., None], *args: Any) -> threading.Thread:
 def _wait_for_threads() -> None:
     """Give the threads that were asked to stop the time that it takes their workers to save a checkpoint."""
     deadline = time.monotonic() + _THREADS_END_SECONDS
-    for thread in _threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    _threads.clear()
+    for thread in threading.enumerate():
+        if isinstance(thread, _RayThread):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager

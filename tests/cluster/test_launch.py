@@ -99,10 +99,10 @@ def test_only_what_came_from_outside_the_job_is_tried_again() -> None:
     assert not any(worth_retrying(error) for error in inside)
 
 
-def test_ray_is_not_shut_down_under_a_thread_that_uses_it(monkeypatch):
+def test_ray_is_not_shut_down_under_a_thread_that_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.init", lambda **_: None)
-    alive = []
+    alive: list[bool] = []
     monkeypatch.setattr("ray.shutdown", lambda: alive.append(thread.is_alive()))
     with ensure_ray(ScalingConfig()):
         thread = start_thread(time.sleep, 0.3)
