@@ -12,7 +12,7 @@ test: setup-dev lint   ## lint, types and the tests, all but test-extended
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not ray and not extended" -n 3 --dist loadfile
 	@$(PY) -m pytest -q -m "ray and not extended"
 
-test-extended: setup-dev  ## an hour or more: Ray's own timers, torch.compile and exports of every pair
+test-extended: setup-dev  ## two hours: Ray's own timers, torch.compile and exports of every pair
 	@$(PY) -m pytest -q -m extended
 
 soak: setup-dev        ## the demo chain killed at random twenty times; it must end as if nothing had happened
