@@ -64,7 +64,7 @@ class _AttentionGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = x, weight, pooled, bias = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], *(needed(ctx, i) for i in (1, 2, 3))]
+        needs = needed(ctx, inputs)
         create_graph = torch.is_grad_enabled()
         operators = None if create_graph else kernel_for("attention", x, weight, ctx.dilation)
         if operators is not None:
@@ -82,7 +82,7 @@ def _by_kernel(operators: Any, dy: Tensor, inputs: _Inputs, needs: Sequence[bool
     dx = dx.contiguous(memory_format=layout(x))
     if not weights:
         return [dx, None, None, None]
-    sums = sums.sum(0).to(weight.dtype)  # (10, C): nine taps and the bias
+    sums = sums.sum(0).to(weight.dtype)  # (11, C): nine taps, the bias, and nothing
     dw, db = sums[:9].t().reshape(weight.shape), None if bias is None else sums[9]
     return [dx, dw, dv.sum(0).to(pooled.dtype).reshape(pooled.shape), db]
 

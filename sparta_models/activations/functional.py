@@ -1,11 +1,13 @@
-"""y = x sigmoid(g), g a depthwise correlation: an explicit autograd function that keeps x and nothing of the gate.
+"""The gate x sigmoid(g) and the smooth maximum of x and g, g a depthwise correlation, by an autograd function that keeps x.
 
 A PGD step pays the gate forward and backward, so both are one pass where the compiled kernel fits, and the backward
 computes the gate again instead of storing it: memory is that of SiLU. The gradients of weights are computed only where
 they are asked for, which in an attack they need not be, and with a frozen bank never are.
 
-    h  = dy x s (1 - s), s = sigmoid(g)
-    dx = dy s + w^T * h,   dw = correlation of h with x,   db = sum of h
+    y  = x s, s = sigmoid(g)                            or the smooth maximum   y = g + d s, s = sigmoid(b d), d = x - g
+    h  = dy x s (1 - s)                                                         h = dy (1 - s - b d s (1 - s))
+    dx = dy s + w^T * h                                                         dx = dy - h + w^T * h
+    dw = correlation of h with x, the bias's gradient the sum of h              db = sum of dy d^2 s (1 - s)
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,8 @@ from torch.nn import functional as F
 
 from sparta_models.activations.fused import alias, for_kernel, gradients, kernel_for, layout, needed, traced
 
-_Inputs = tuple[Tensor, Tensor, Tensor | None]
+_Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""x, weight, sharpness (None: the gate), bias."""
 
 
 def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
@@ -30,37 +33,60 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
         bias: (C,) or None.
         dilation: spacing of the taps.
     """
+    return _apply(x, weight, None, bias, dilation)
+
+
+def smooth_max(x: Tensor, weight: Tensor, sharpness: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
+    """Return the smooth maximum g + (x - g) sigmoid(sharpness (x - g)) of x and g = w * x + b.
+
+    Args:
+        x: (B, C, H, W), any layout; channels_last is the fast one.
+        weight: (C, 1, k, k).
+        sharpness: (C,).
+        bias: (C,) or None.
+        dilation: spacing of the taps.
+    """
+    return _apply(x, weight, sharpness, bias, dilation)
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1, sharpness: Tensor | None = None
+) -> Tensor:
+    """The same by torch's differentiable operators: the gate, or with a sharpness the smooth maximum."""
+    g = correlate(x, weight, bias, dilation)
+    if sharpness is None:
+        return x * torch.sigmoid(g)
+    d = x - g
+    return g + d * torch.sigmoid(sharpness.to(x.dtype)[:, None, None] * d)
+
+
+def _apply(x: Tensor, weight: Tensor, sharpness: Tensor | None, bias: Tensor | None, dilation: int) -> Tensor:
     if traced():
-        return reference(x, weight, bias, dilation)
-    return _DepthwiseGate.apply(x, alias(weight), alias(bias), dilation)  # type: ignore[no-any-return]
+        return reference(x, weight, bias, dilation, sharpness)
+    return _Gate.apply(x, alias(weight), alias(sharpness), alias(bias), dilation)  # type: ignore[no-any-return]
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
-    """The same by torch's differentiable operators."""
-    return x * torch.sigmoid(correlate(x, weight, bias, dilation))
-
-
-class _DepthwiseGate(torch.autograd.Function):
+class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, sharpness: Tensor | None, bias: Tensor | None, dilation: int) -> Tensor:
         operators = kernel_for("gate", x, weight, dilation)
         if operators is None:
-            return reference(x, weight, bias, dilation)
-        y: Tensor = operators.gate_forward(*for_kernel(x, weight, bias))
+            return reference(x, weight, bias, dilation, sharpness)
+        y: Tensor = operators.gate_forward(*for_kernel(x, weight, sharpness, bias))
         return y.contiguous(memory_format=layout(x))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
-        x, weight, bias, ctx.dilation = inputs
-        ctx.save_for_backward(x, weight, bias)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.dilation = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = x, weight, bias = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], needed(ctx, 1), needed(ctx, 2)]
+        inputs = x, weight, sharpness, bias = ctx.saved_tensors
+        needs = needed(ctx, inputs)
         if torch.is_grad_enabled():
             # With a graph of their own, for second derivatives.
-            y = reference(x, weight, bias, ctx.dilation)
+            y = reference(x, weight, bias, ctx.dilation, sharpness)
             return *gradients(y, grads[0], inputs, needs, create_graph=True), None
         operators = kernel_for("gate", x, weight, ctx.dilation)
         if operators is None:
@@ -69,31 +95,45 @@ class _DepthwiseGate(torch.autograd.Function):
 
 
 def _by_kernel(operators: Any, dy: Tensor, inputs: _Inputs, needs: Sequence[bool]) -> list[Tensor | None]:
-    x, weight, bias = inputs
-    weights = needs[1] or needs[2]
+    x, weight, sharpness, bias = inputs
+    weights = any(needs[1:])
     dyk = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    dx, sums = operators.gate_backward(dyk, *for_kernel(x, weight, bias), weights)
+    dx, sums = operators.gate_backward(dyk, *for_kernel(x, weight, sharpness, bias), weights)
     dx = dx.contiguous(memory_format=layout(x))
     if not weights:
-        return [dx, None, None]
-    sums = sums.sum(0).to(weight.dtype)  # (10, C): nine taps and the bias
-    return [dx, sums[:9].t().reshape(weight.shape), None if bias is None else sums[9]]
+        return [dx, None, None, None]
+    sums = sums.sum(0).to(weight.dtype)  # (k k + 2, C): taps, bias, sharpness
+    dw = sums[:-2].t().reshape(weight.shape)
+    return [dx, dw, None if sharpness is None else sums[-1], None if bias is None else sums[-2]]
 
 
 def _by_operators(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: int) -> list[Tensor | None]:
-    x, weight, bias = inputs
-    s = torch.sigmoid(correlate(x, weight, bias, dilation))
-    through = dy * s
-    h = (through * x * (1 - s)).to(x.dtype)
+    x, weight, sharpness, bias = inputs
+    g = correlate(x, weight, bias, dilation)
+    direct, h, of_sharpness = _terms(dy, x, g, sharpness)
     padding, channels = dilation * (weight.shape[-1] // 2), x.shape[1]
     # Arguments: bias sizes, stride, padding, dilation, transposed, output padding, groups, what is asked for.
-    place = ([channels], [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], channels, list(needs))
-    dx, dw, db = torch.ops.aten.convolution_backward(h, x, weight.to(x.dtype), *place)
+    place = ([channels], [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], channels, [*needs[:2], needs[3]])
+    dx, dw, db = torch.ops.aten.convolution_backward(h.to(x.dtype), x, weight.to(x.dtype), *place)
     return [
-        dx.add_(through) if needs[0] else None,
+        dx.add_(direct) if needs[0] else None,
         dw.to(weight.dtype) if needs[1] else None,
-        db.to(bias.dtype) if bias is not None and needs[2] else None,
+        of_sharpness.sum((0, 2, 3)).to(sharpness.dtype) if sharpness is not None and needs[2] else None,
+        db.to(bias.dtype) if bias is not None and needs[3] else None,
     ]
+
+
+def _terms(dy: Tensor, x: Tensor, g: Tensor, sharpness: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dy times the derivatives of y by x alone, by g, and by the sharpness; (B, C, H, W)."""
+    if sharpness is None:
+        s = torch.sigmoid(g)
+        through = dy * s
+        return through, through * x * (1 - s), torch.empty(0)
+    d, b = x - g, sharpness.to(x.dtype)[:, None, None]
+    s = torch.sigmoid(b * d)
+    slope = d * s * (1 - s)
+    direct = dy * (s + b * slope)
+    return direct, dy - direct, dy * d * slope
 
 
 def own_precision(x: Tensor) -> AbstractContextManager[object]:

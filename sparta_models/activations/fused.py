@@ -10,6 +10,7 @@ from torch import Tensor
 from sparta_models.kernels import kernel, triton_kernel
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
+_KERNEL_SIZES = {"gate": (3, 5), "attention": (3,)}
 
 
 def traced() -> bool:
@@ -22,7 +23,7 @@ def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int) -> Any:
     torch's operators have to serve."""
     fits = (
         x.dtype in _KERNEL_TYPES
-        and weight.shape[-1] == 3
+        and weight.shape[-1] in _KERNEL_SIZES[name]
         and dilation == 1
         and x.numel() > 0
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -35,11 +36,11 @@ def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int) -> Any:
     return None
 
 
-def for_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x in channels_last; the taps of `weight` (C, 1, 3, 3) as (9, C); the bias (C,); both in float32."""
-    b = None if bias is None else bias.detach().float().contiguous()
+def for_kernel(x: Tensor, weight: Tensor, *of_channels: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x in channels_last; the taps of `weight` (C, 1, k, k) as (k k, C); parameters (C,); all but x in float32."""
     taps = weight.detach().float().flatten(1).t().contiguous()
-    return x.detach().contiguous(memory_format=torch.channels_last), taps, b
+    others = (None if p is None else p.detach().float().contiguous() for p in of_channels)
+    return x.detach().contiguous(memory_format=torch.channels_last), taps, *others
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -53,15 +54,18 @@ def alias(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.view_as(parameter)
 
 
-def needed(ctx: Any, index: int) -> bool:
-    """Whether this backward pass uses the gradient of a parameter that came through `alias`.
+def needed(ctx: Any, inputs: Sequence[Tensor | None]) -> list[bool]:
+    """Whether this backward pass uses the gradients of x and of parameters that came through `alias`.
 
-    needs_input_grad says only that it can have one; autograd.grad(loss, x) with learnable weights doesn't use theirs.
-    next_functions lists tensors only, so an input that may be None comes last.
+    needs_input_grad says only that a parameter can have one; autograd.grad(loss, x) with learnable weights doesn't use
+    theirs. next_functions lists tensors only, so an input that is None has no place there.
     """
-    if not ctx.needs_input_grad[index]:
-        return False
-    return bool(torch._C._will_engine_execute_node(ctx.next_functions[index][0]))
+    functions = iter(ctx.next_functions)
+    nodes = [None if t is None else next(functions)[0] for t in inputs]
+    return [
+        bool(need) and (node is None or i == 0 or bool(torch._C._will_engine_execute_node(node)))
+        for i, (need, node) in enumerate(zip(ctx.needs_input_grad, nodes, strict=False))
+    ]
 
 
 def gradients(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sparta_models.activations.attention import attention_gate
 from sparta_models.activations.attention import logits as attention_logits
-from sparta_models.activations.functional import correlate, depthwise_gate
+from sparta_models.activations.functional import correlate, depthwise_gate, smooth_max
 
 
 class Gate(nn.Module):
@@ -128,9 +128,7 @@ class SmoothMaxGate(CorrelationGate):
 
     def activate(self, x: Tensor) -> Tensor:
         """Return the smooth maximum, (B, C, H, W)."""
-        condition: Tensor = self(x)
-        d = x - condition
-        return condition + d * torch.sigmoid(self.sharpness.to(x.dtype) * d)
+        return smooth_max(x, self.weight, self.sharpness.flatten(), self.bias, self.dilation)
 
     def flops(self, num_channels: int, height: int, width: int) -> int:
         """FLOPs of `activate` for one image."""

@@ -55,14 +55,14 @@ void add_weight_gradient(Bordered& dm, Bordered& map, float* dv) {
 }
 
 // What a thread needs for an image.
-struct Scratch {
+struct Maps {
   Bordered mean, max, dm;
   std::vector<float> maxima, map, dmean, dmax;  // (H, W)
   std::vector<vf> sums;                         // (H, W)
-  Ring ring;
-  explicit Scratch(Shape s)
+  Scratch<3> planes;
+  explicit Maps(Shape s)
       : mean(s), max(s), dm(s), maxima(s.height * s.width), map(maxima), dmean(maxima), dmax(maxima),
-        sums(s.height * s.width), ring(s.width) {}
+        sums(s.height * s.width), planes(s.width) {}
 };
 
 // Mean, maximum, and how many channels have it, at a position with these channels.
@@ -96,34 +96,34 @@ void pool(const T* x, int64_t channels, float& mean, float& max, float& maxima) 
 }
 
 template <typename T>
-void make_map(const T* x, const float* v, Shape s, Scratch& scratch) {
+void make_map(const T* x, const float* v, Shape s, Maps& maps) {
   for (int64_t r = 0; r < s.height; ++r) {
     for (int64_t j = 0; j < s.width; ++j) {
       int64_t at = r * s.width + j;
-      pool(x + at * s.channels, s.channels, scratch.mean.row(r)[j], scratch.max.row(r)[j], scratch.maxima[at]);
+      pool(x + at * s.channels, s.channels, maps.mean.row(r)[j], maps.max.row(r)[j], maps.maxima[at]);
     }
   }
-  std::fill(scratch.map.begin(), scratch.map.end(), 0.0f);
-  add_correlation(scratch.mean, v, false, scratch.map.data());
-  add_correlation(scratch.max, v + 9, false, scratch.map.data());
+  std::fill(maps.map.begin(), maps.map.end(), 0.0f);
+  add_correlation(maps.mean, v, false, maps.map.data());
+  add_correlation(maps.max, v + 9, false, maps.map.data());
 }
 
 // dm from the sums over channel groups; then its way back through the maps.
-void through_map(const float* v, Shape s, Scratch& scratch, float* dv) {
+void through_map(const float* v, Shape s, Maps& maps, float* dv) {
   for (int64_t r = 0; r < s.height; ++r) {
     for (int64_t j = 0; j < s.width; ++j) {
       float sum = 0;
-      for (int l = 0; l < L; ++l) sum += scratch.sums[r * s.width + j][l];
-      scratch.dm.row(r)[j] = sum;
+      for (int l = 0; l < L; ++l) sum += maps.sums[r * s.width + j][l];
+      maps.dm.row(r)[j] = sum;
     }
   }
-  std::fill(scratch.dmean.begin(), scratch.dmean.end(), 0.0f);
-  std::fill(scratch.dmax.begin(), scratch.dmax.end(), 0.0f);
-  add_correlation(scratch.dm, v, true, scratch.dmean.data());
-  add_correlation(scratch.dm, v + 9, true, scratch.dmax.data());
+  std::fill(maps.dmean.begin(), maps.dmean.end(), 0.0f);
+  std::fill(maps.dmax.begin(), maps.dmax.end(), 0.0f);
+  add_correlation(maps.dm, v, true, maps.dmean.data());
+  add_correlation(maps.dm, v + 9, true, maps.dmax.data());
   if (!dv) return;
-  add_weight_gradient(scratch.dm, scratch.mean, dv);
-  add_weight_gradient(scratch.dm, scratch.max, dv + 9);
+  add_weight_gradient(maps.dm, maps.mean, dv);
+  add_weight_gradient(maps.dm, maps.max, dv + 9);
 }
 
 template <typename T, bool Full>
@@ -133,11 +133,11 @@ inline void add_pooled(const T* x, T* dx, vf top, vf mean_share, vf max_share, i
 }
 
 template <typename T>
-void add_pooled_gradients(const T* x, T* dx, Shape s, Scratch& scratch) {
+void add_pooled_gradients(const T* x, T* dx, Shape s, Maps& maps) {
   for (int64_t at = 0; at < s.height * s.width; ++at, x += s.channels, dx += s.channels) {
-    vf top = splat(scratch.max.row(at / s.width)[at % s.width]);
-    vf mean_share = splat(scratch.dmean[at] / static_cast<float>(s.channels));
-    vf max_share = splat(scratch.dmax[at] / scratch.maxima[at]);
+    vf top = splat(maps.max.row(at / s.width)[at % s.width]);
+    vf mean_share = splat(maps.dmean[at] / static_cast<float>(s.channels));
+    vf max_share = splat(maps.dmax[at] / maps.maxima[at]);
     int64_t c = 0;
     for (; c + L <= s.channels; c += L) add_pooled<T, true>(x + c, dx + c, top, mean_share, max_share, L);
     if (c < s.channels) add_pooled<T, false>(x + c, dx + c, top, mean_share, max_share, s.channels - c);
@@ -148,25 +148,23 @@ template <typename F>
 void for_images(const at::Tensor& x, F work) {
   Shape s{x.size(2), x.size(3), x.size(1)};
   at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(s);
-    for (int64_t image = begin; image < end; ++image) work(image * s.height * s.width * s.channels, s, scratch);
+    Maps maps(s);
+    for (int64_t image = begin; image < end; ++image) work(image * s.height * s.width * s.channels, s, maps);
   });
 }
 
 template <typename T>
 void run_forward(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& b, const at::Tensor& v,
                  at::Tensor& y) {
-  const T zero[L] = {};
   const T* in = static_cast<const T*>(x.const_data_ptr());
   T* out = static_cast<T*>(y.mutable_data_ptr());
   const float *weights = w.const_data_ptr<float>(), *pooled = v.const_data_ptr<float>();
-  for_images(x, [&](int64_t at, Shape s, Scratch& scratch) {
-    make_map(in + at, pooled, s, scratch);
+  for_images(x, [&](int64_t at, Shape s, Maps& maps) {
+    make_map(in + at, pooled, s, maps);
     for (int64_t c = 0; c < s.channels; c += L) {
       int n = static_cast<int>(std::min<int64_t>(L, s.channels - c));
-      auto plane = n == L ? forward_plane<T, true, BiasAndMap> : forward_plane<T, false, BiasAndMap>;
-      BiasAndMap offset{bias(b, c, n), scratch.map.data(), nullptr};
-      plane(in + at + c, out + at + c, zero, taps(weights, c, s.channels, n), offset, s, n);
+      GateAndMap form{{of_channels(b, c, n)}, maps.map.data(), nullptr};
+      forward_plane<T, 3>(in + at + c, out + at + c, maps.planes, taps<3>(weights, c, s.channels, n), form, s, n);
     }
   });
 }
@@ -174,28 +172,25 @@ void run_forward(const at::Tensor& x, const at::Tensor& w, const std::optional<a
 template <typename T>
 void run_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& b,
                   const at::Tensor& v, at::Tensor& dx, float* partial, float* dv) {
-  const T zero[L] = {};
   const T* in = static_cast<const T*>(x.const_data_ptr());
   const T* gradient = static_cast<const T*>(dy.const_data_ptr());
   T* out = static_cast<T*>(dx.mutable_data_ptr());
   const float *weights = w.const_data_ptr<float>(), *pooled = v.const_data_ptr<float>();
-  for_images(x, [&](int64_t at, Shape s, Scratch& scratch) {
-    make_map(in + at, pooled, s, scratch);
-    std::fill(scratch.sums.begin(), scratch.sums.end(), vf{});
-    float* own = partial ? partial + at::get_thread_num() * 10 * s.channels : nullptr;
+  for_images(x, [&](int64_t at, Shape s, Maps& maps) {
+    make_map(in + at, pooled, s, maps);
+    std::fill(maps.sums.begin(), maps.sums.end(), vf{});
+    float* own = partial ? partial + at::get_thread_num() * ROWS<3> * s.channels : nullptr;
     for (int64_t c = 0; c < s.channels; c += L) {
       int n = static_cast<int>(std::min<int64_t>(L, s.channels - c));
-      auto plane =
-          own ? (n == L ? backward_plane<T, true, true, BiasAndMap> : backward_plane<T, false, true, BiasAndMap>)
-              : (n == L ? backward_plane<T, true, false, BiasAndMap> : backward_plane<T, false, false, BiasAndMap>);
-      Window taps_of = taps(weights, c, s.channels, n), dw = {};
-      vf db = {};
-      BiasAndMap offset{bias(b, c, n), scratch.map.data(), scratch.sums.data()};
-      plane(in + at + c, gradient + at + c, out + at + c, zero, scratch.ring, taps_of, offset, dw, db, s, n);
-      if (own) add_sums(own + c, dw, db, s.channels, n);
+      auto plane = own ? backward_plane<T, 3, true, GateAndMap> : backward_plane<T, 3, false, GateAndMap>;
+      Sums<3> sums;
+      GateAndMap form{{of_channels(b, c, n)}, maps.map.data(), maps.sums.data()};
+      plane(in + at + c, gradient + at + c, out + at + c, maps.planes, taps<3>(weights, c, s.channels, n), form, sums,
+            s, n);
+      if (own) add_sums<3>(own + c, sums, s.channels, n);
     }
-    through_map(pooled, s, scratch, dv ? dv + at::get_thread_num() * 18 : nullptr);
-    add_pooled_gradients(in + at, out + at, s, scratch);
+    through_map(pooled, s, maps, dv ? dv + at::get_thread_num() * 18 : nullptr);
+    add_pooled_gradients(in + at, out + at, s, maps);
   });
 }
 
@@ -209,14 +204,14 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& w, const std::optional
   return y;
 }
 
-// Returns dx, and where weights are asked for the sums of the threads: (threads, 10, C), nine taps and the bias, and
-// (threads, 2, 9).
+// Returns dx, and where weights are asked for the sums of the threads: (threads, 11, C), nine taps, the bias and an
+// empty row, and (threads, 2, 9).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w,
                                                         const std::optional<at::Tensor>& b, const at::Tensor& v,
                                                         bool weights) {
   at::Tensor dx = at::empty_like(x);
   int64_t threads = weights ? at::get_num_threads() : 0;
-  at::Tensor partial = at::zeros({threads, 10, x.size(1)}, w.options()), dv = at::zeros({threads, 2, 9}, w.options());
+  at::Tensor partial = at::zeros({threads, ROWS<3>, x.size(1)}, w.options()), dv = at::zeros({threads, 2, 9}, w.options());
   float* sums = weights ? partial.mutable_data_ptr<float>() : nullptr;
   float* pooled_sums = weights ? dv.mutable_data_ptr<float>() : nullptr;
   if (x.scalar_type() == at::kFloat) {

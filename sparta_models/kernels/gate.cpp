@@ -1,13 +1,14 @@
-// y = x * sigmoid(g), g = b_c + 3 x 3 depthwise correlation of x with w_c, zero padding; channels_last.
+// y = x * sigmoid(g), or with a sharpness the smooth maximum of x and g; g = b_c + K x K depthwise correlation of x with w_c,
+// K = 3 or 5, zero padding; channels_last.
 //
 // One pass over memory each way: the forward reads x and writes y; the backward reads x and dy, computes g again instead of
 // storing it, and writes dx. A task is one image and one group of L channels.
 //
-// Weights come as (9, C). Arithmetic is float32 whatever the storage (float32 or bfloat16).
+// Weights come as (K * K, C). Arithmetic is float32 whatever the storage (float32 or bfloat16).
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -17,80 +18,100 @@
 
 namespace {
 
+using Optional = std::optional<at::Tensor>;
+
 int64_t grain(Shape s) { return std::max<int64_t>(1, 16384 / (s.height * s.width * L)); }
 
-template <typename T, typename F>
+template <int K, typename F>
 void for_planes(const at::Tensor& x, F work) {
   Shape s{x.size(2), x.size(3), x.size(1)};
   int64_t groups = (s.channels + L - 1) / L;
   at::parallel_for(0, x.size(0) * groups, grain(s), [&](int64_t begin, int64_t end) {
-    Ring ring(s.width);
+    Scratch<K> scratch(s.width);
     for (int64_t task = begin; task < end; ++task) {
       int64_t c = task % groups * L;
       int n = static_cast<int>(std::min<int64_t>(L, s.channels - c));
-      work(task / groups * s.height * s.width * s.channels + c, c, n, s, ring);
+      work(task / groups * s.height * s.width * s.channels + c, c, n, s, scratch);
     }
   });
 }
 
-template <typename T>
-void run_forward(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& b, at::Tensor& y) {
-  const T zero[L] = {};
+// The form for L channels from c on.
+template <typename Form>
+Form form(const Optional& sharpness, const Optional& b, int64_t c, int n) {
+  if constexpr (std::is_same_v<Form, SmoothMax>) {
+    return {of_channels(b, c, n), of_channels(sharpness, c, n)};
+  } else {
+    return {of_channels(b, c, n)};
+  }
+}
+
+template <typename T, int K, typename Form>
+void run_forward(const at::Tensor& x, const at::Tensor& w, const Optional& sharpness, const Optional& b,
+                 at::Tensor& y) {
   const T* in = static_cast<const T*>(x.const_data_ptr());
   T* out = static_cast<T*>(y.mutable_data_ptr());
   const float* weights = w.const_data_ptr<float>();
-  for_planes<T>(x, [&](int64_t at, int64_t c, int n, Shape s, Ring&) {
-    auto plane = n == L ? forward_plane<T, true, Bias> : forward_plane<T, false, Bias>;
-    plane(in + at, out + at, zero, taps(weights, c, s.channels, n), Bias{bias(b, c, n)}, s, n);
+  for_planes<K>(x, [&](int64_t at, int64_t c, int n, Shape s, Scratch<K>& scratch) {
+    forward_plane<T, K>(in + at, out + at, scratch, taps<K>(weights, c, s.channels, n), form<Form>(sharpness, b, c, n),
+                        s, n);
   });
 }
 
-template <typename T>
-void run_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& b,
-                  at::Tensor& dx, float* partial) {
-  const T zero[L] = {};
+template <typename T, int K, typename Form>
+void run_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const Optional& sharpness,
+                  const Optional& b, at::Tensor& dx, float* partial) {
   const T* in = static_cast<const T*>(x.const_data_ptr());
   const T* gradient = static_cast<const T*>(dy.const_data_ptr());
   T* out = static_cast<T*>(dx.mutable_data_ptr());
   const float* weights = w.const_data_ptr<float>();
-  for_planes<T>(x, [&](int64_t at, int64_t c, int n, Shape s, Ring& ring) {
-    Window dw = {};
-    vf db = {};
-    auto plane = partial ? (n == L ? backward_plane<T, true, true, Bias> : backward_plane<T, false, true, Bias>)
-                         : (n == L ? backward_plane<T, true, false, Bias> : backward_plane<T, false, false, Bias>);
-    Window w = taps(weights, c, s.channels, n);
-    plane(in + at, gradient + at, out + at, zero, ring, w, Bias{bias(b, c, n)}, dw, db, s, n);
-    if (partial) add_sums(partial + at::get_thread_num() * 10 * s.channels + c, dw, db, s.channels, n);
+  for_planes<K>(x, [&](int64_t at, int64_t c, int n, Shape s, Scratch<K>& scratch) {
+    Sums<K> sums;
+    auto plane = partial ? backward_plane<T, K, true, Form> : backward_plane<T, K, false, Form>;
+    plane(in + at, gradient + at, out + at, scratch, taps<K>(weights, c, s.channels, n),
+          form<Form>(sharpness, b, c, n), sums, s, n);
+    if (partial) add_sums<K>(partial + at::get_thread_num() * ROWS<K> * s.channels + c, sums, s.channels, n);
   });
 }
 
-at::Tensor forward(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& b) {
+// Calls `work` with a T, K and Form for these inputs.
+template <typename F>
+void dispatch(const at::Tensor& x, const at::Tensor& w, const Optional& sharpness, F work) {
+  auto with_form = [&](auto type, auto size) {
+    sharpness ? work(type, size, std::type_identity<SmoothMax>{}) : work(type, size, std::type_identity<Gate>{});
+  };
+  auto with_size = [&](auto type) {
+    w.size(0) == 9 ? with_form(type, std::integral_constant<int, 3>{})
+                   : with_form(type, std::integral_constant<int, 5>{});
+  };
+  x.scalar_type() == at::kFloat ? with_size(std::type_identity<float>{}) : with_size(std::type_identity<uint16_t>{});
+}
+
+at::Tensor forward(const at::Tensor& x, const at::Tensor& w, const Optional& sharpness, const Optional& b) {
   at::Tensor y = at::empty_like(x);
-  if (x.scalar_type() == at::kFloat) {
-    run_forward<float>(x, w, b, y);
-  } else {
-    run_forward<uint16_t>(x, w, b, y);
-  }
+  dispatch(x, w, sharpness, [&](auto type, auto size, auto kind) {
+    run_forward<typename decltype(type)::type, size(), typename decltype(kind)::type>(x, w, sharpness, b, y);
+  });
   return y;
 }
 
-// Returns dx, and where weights are asked for the sums (threads, 10, C): nine taps and the bias.
+// Returns dx, and where weights are asked for the sums (threads, K * K + 2, C): taps, bias, sharpness.
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w,
-                                            const std::optional<at::Tensor>& b, bool weights) {
+                                            const Optional& sharpness, const Optional& b, bool weights) {
   at::Tensor dx = at::empty_like(x);
-  at::Tensor partial = at::zeros({weights ? at::get_num_threads() : 0, 10, x.size(1)}, w.options());
+  at::Tensor partial = at::zeros({weights ? at::get_num_threads() : 0, w.size(0) + 2, x.size(1)}, w.options());
   float* sums = weights ? partial.mutable_data_ptr<float>() : nullptr;
-  if (x.scalar_type() == at::kFloat) {
-    run_backward<float>(dy, x, w, b, dx, sums);
-  } else {
-    run_backward<uint16_t>(dy, x, w, b, dx, sums);
-  }
+  dispatch(x, w, sharpness, [&](auto type, auto size, auto kind) {
+    run_backward<typename decltype(type)::type, size(), typename decltype(kind)::type>(dy, x, w, sharpness, b, dx,
+                                                                                       sums);
+  });
   return {dx, partial};
 }
 
 }  // namespace
 
 TORCH_LIBRARY(sparta_models, m) {
-  m.def("gate_forward(Tensor x, Tensor w, Tensor? b) -> Tensor", &forward);
-  m.def("gate_backward(Tensor dy, Tensor x, Tensor w, Tensor? b, bool weights) -> (Tensor, Tensor)", &backward);
+  m.def("gate_forward(Tensor x, Tensor w, Tensor? sharpness, Tensor? b) -> Tensor", &forward);
+  m.def("gate_backward(Tensor dy, Tensor x, Tensor w, Tensor? sharpness, Tensor? b, bool weights) -> (Tensor, Tensor)",
+        &backward);
 }

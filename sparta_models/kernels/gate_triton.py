@@ -1,11 +1,13 @@
-"""The depthwise gate on a GPU, in Triton: the operators of gate.cpp with the same names, arguments and results.
+"""The gate and the smooth maximum on a GPU, in Triton: gate.cpp's operators with the same names, arguments and results.
 
 Verified by Triton's interpreter on a CPU, and compiled for two generations of GPUs; not timed on one. A program takes
 P positions (of all images, in the order of channels_last) times N channels; neighbours come through the cache.
 
-    forward    y = x s,  s = sigmoid(g),  g = b_c + 3 x 3 depthwise correlation of x with w_c
-    backward   h = dy x s (1 - s) goes to memory once, then  dx = dy s + transposed correlation of h with w
-               dw = correlation of h with x,  db = sum of h: partial sums, added up in a fixed order
+    forward    y = x sigmoid(g), or with a sharpness the smooth maximum of x and g;
+               g = b_c + K x K depthwise correlation of x with w_c, K = 3 or 5
+    backward   h = dy dy/dg goes to memory once, then  dx = direct + transposed correlation of h with w
+               dw = correlation of h with x,  bias: sum of h;  sharpness: a second map like h, where it is asked for
+               partial sums, added up in a fixed order
 
 Arithmetic is float32 whatever the storage.
 """
@@ -23,106 +25,151 @@ _POSITIONS, _CHANNELS, _CHUNKS = 32, 64, 128
 
 
 @triton.jit
-def _load(tensor, p, inside, c, C, H, W, t):
+def _load(tensor, p, inside, c, C, H, W, t, K: tl.constexpr):
     """Values (P, N) of a tensor (positions, C) at tap t of positions p; zero outside the image."""
-    row = p // W % H + t // 3 - 1
-    column = p % W + t % 3 - 1
+    down, right = t // K - K // 2, t % K - K // 2
+    row = p // W % H + down
+    column = p % W + right
     there = inside & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    at = (p + (t // 3 - 1) * W + t % 3 - 1)[:, None] * C + c[None, :]
+    at = (p + down * W + right)[:, None] * C + c[None, :]
     return tl.load(tensor + at, mask=there[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _correlation(tensor, w, p, inside, c, C, H, W, TRANSPOSED: tl.constexpr):
-    """The 3 x 3 correlation (P, N) with w (9, C)."""
+def _here(tensor, p, inside, c, C):
+    """Values (P, N) of a tensor (positions, C) at positions p."""
+    mask = inside[:, None] & (c < C)[None, :]
+    return tl.load(tensor + p[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_channels(values, c, C):
+    """Values (1, N) of a parameter (C,)."""
+    return tl.load(values + c, mask=c < C, other=0.0)[None, :]
+
+
+@triton.jit
+def _correlation(tensor, w, p, inside, c, C, H, W, K: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The K x K correlation (P, N) with w (K K, C)."""
     total = tl.zeros((p.shape[0], c.shape[0]), tl.float32)
-    for t in tl.static_range(9):
-        weight = tl.load(w + t * C + c, mask=c < C, other=0.0)
-        total += weight[None, :] * _load(tensor, p, inside, c, C, H, W, 8 - t if TRANSPOSED else t)
+    for t in tl.static_range(K * K):
+        weight = _of_channels(w + t * C, c, C)
+        total += weight * _load(tensor, p, inside, c, C, H, W, K * K - 1 - t if TRANSPOSED else t, K)
     return total
 
 
 @triton.jit
-def _gate(x, w, b, p, inside, c, C, H, W):
-    """sigmoid(g), (P, N)."""
-    g = _correlation(x, w, p, inside, c, C, H, W, False)
+def _g(x, w, b, p, inside, c, C, H, W, K: tl.constexpr):
+    """g, (P, N)."""
+    g = _correlation(x, w, p, inside, c, C, H, W, K, False)
     if b is not None:
-        g += tl.load(b + c, mask=c < C, other=0.0)[None, :]
-    return tl.sigmoid(g)
+        g += _of_channels(b, c, C)
+    return g
 
 
 @triton.jit
-def _forward(x, w, b, y, positions, C, H, W, P: tl.constexpr, N: tl.constexpr):
+def _store(tensor, value, p, inside, c, C):
+    mask = inside[:, None] & (c < C)[None, :]
+    tl.store(tensor + p[:, None] * C + c[None, :], value.to(tensor.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _forward(x, w, sharpness, b, y, positions, C, H, W, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
     p = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     c = tl.program_id(1) * N + tl.arange(0, N)
     inside = p < positions
-    value = _load(x, p, inside, c, C, H, W, 4) * _gate(x, w, b, p, inside, c, C, H, W)
-    mask = inside[:, None] & (c < C)[None, :]
-    tl.store(y + p[:, None] * C + c[None, :], value.to(y.dtype.element_ty), mask=mask)
+    value = _here(x, p, inside, c, C)
+    g = _g(x, w, b, p, inside, c, C, H, W, K)
+    if sharpness is None:
+        value *= tl.sigmoid(g)
+    else:
+        d = value - g
+        value = g + d * tl.sigmoid(_of_channels(sharpness, c, C) * d)
+    _store(y, value, p, inside, c, C)
 
 
 @triton.jit
-def _terms(x, dy, w, b, h, dx, positions, C, H, W, P: tl.constexpr, N: tl.constexpr):
-    """Write h, and dy s to dx."""
+def _terms(x, dy, w, sharpness, b, h, dx, bend, positions, C, H, W, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+    """Write h, the direct term to dx, and to `bend`, where there is one, dy times y's derivative by the sharpness."""
     p = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     c = tl.program_id(1) * N + tl.arange(0, N)
     inside = p < positions
-    s = _gate(x, w, b, p, inside, c, C, H, W)
-    through = _load(dy, p, inside, c, C, H, W, 4) * s
-    term = through * _load(x, p, inside, c, C, H, W, 4) * (1.0 - s)
-    mask = inside[:, None] & (c < C)[None, :]
-    at = p[:, None] * C + c[None, :]
-    tl.store(dx + at, through.to(dx.dtype.element_ty), mask=mask)
-    tl.store(h + at, term.to(h.dtype.element_ty), mask=mask)
+    value, dy = _here(x, p, inside, c, C), _here(dy, p, inside, c, C)
+    g = _g(x, w, b, p, inside, c, C, H, W, K)
+    if sharpness is None:
+        s = tl.sigmoid(g)
+        direct = dy * s
+        term = direct * value * (1.0 - s)
+    else:
+        d, beta = value - g, _of_channels(sharpness, c, C)
+        s = tl.sigmoid(beta * d)
+        slope = d * s * (1.0 - s)
+        direct = dy * (s + beta * slope)
+        term = dy - direct
+        if bend is not None:
+            _store(bend, dy * d * slope, p, inside, c, C)
+    _store(dx, direct, p, inside, c, C)
+    _store(h, term, p, inside, c, C)
 
 
 @triton.jit
-def _add_transposed(h, w, dx, positions, C, H, W, P: tl.constexpr, N: tl.constexpr):
+def _add_transposed(h, w, dx, positions, C, H, W, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
     """Add the transposed correlation of h with w to dx."""
     p = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     c = tl.program_id(1) * N + tl.arange(0, N)
     inside = p < positions
-    value = _load(dx, p, inside, c, C, H, W, 4) + _correlation(h, w, p, inside, c, C, H, W, True)
-    mask = inside[:, None] & (c < C)[None, :]
-    tl.store(dx + p[:, None] * C + c[None, :], value.to(dx.dtype.element_ty), mask=mask)
+    value = _here(dx, p, inside, c, C) + _correlation(h, w, p, inside, c, C, H, W, K, True)
+    _store(dx, value, p, inside, c, C)
 
 
 @triton.jit
-def _sums(h, x, sums, positions, C, H, W, P: tl.constexpr, N: tl.constexpr):
-    """Row t of a chunk's sums (10, C): the gradient of tap t; of the bias for t = 9."""
+def _sums(h, x, bend, sums, positions, C, H, W, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+    """Row t of a chunk's sums (K K + 2, C): the gradients of tap t, then of the bias, then of the sharpness."""
     chunk, t = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * N + tl.arange(0, N)
     total = tl.zeros((N,), tl.float32)
     for block in range(chunk, tl.cdiv(positions, P), tl.num_programs(0)):
         p = tl.cast(block, tl.int64) * P + tl.arange(0, P)
         inside = p < positions
-        term = _load(h, p, inside, c, C, H, W, 4)
-        if t < 9:
-            term *= _load(x, p, inside, c, C, H, W, t)
+        term = _here(h, p, inside, c, C)
+        if t < K * K:
+            term *= _load(x, p, inside, c, C, H, W, t, K)
+        if t == K * K + 1:
+            if bend is None:
+                term *= 0.0
+            else:
+                term = _here(bend, p, inside, c, C)
         total += tl.sum(term, axis=0)
-    tl.store(sums + (chunk * 10 + t) * C + c, total, mask=c < C)
+    tl.store(sums + (chunk * (K * K + 2) + t) * C + c, total, mask=c < C)
 
 
-def gate_forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """Return y like x (B, C, H, W), channels_last, float32 or bfloat16; w (9, C) and b (C,) in float32."""
+def gate_forward(x: Tensor, w: Tensor, sharpness: Tensor | None, b: Tensor | None) -> Tensor:
+    """Return y like x (B, C, H, W), channels_last, float32 or bfloat16; w (K K, C), sharpness and b (C,) in float32."""
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _forward[_grid(x)](x, w, b, y, *_sizes(x), P=_POSITIONS, N=_CHANNELS)
+        _forward[_grid(x)](x, w, sharpness, b, y, *_sizes(x), **_blocks(w))
     return y
 
 
-def gate_backward(dy: Tensor, x: Tensor, w: Tensor, b: Tensor | None, weights: bool) -> tuple[Tensor, Tensor]:
-    """Return dx, and where weights are asked for their partial sums (chunks, 10, C): nine taps and the bias."""
+def gate_backward(
+    dy: Tensor, x: Tensor, w: Tensor, sharpness: Tensor | None, b: Tensor | None, weights: bool
+) -> tuple[Tensor, Tensor]:
+    """Return dx, and where weights are asked for the partial sums (chunks, K K + 2, C): taps, bias, sharpness."""
     dx, h = torch.empty_like(x), torch.empty_like(x)
+    bend = torch.empty_like(x) if weights and sharpness is not None else None
     blocks, groups = _grid(x)
-    chunks = min(blocks, _CHUNKS) if weights else 0
-    sums = torch.empty(chunks, 10, x.shape[1], device=x.device)
+    chunks, rows = min(blocks, _CHUNKS) if weights else 0, len(w) + 2
+    sums = torch.empty(chunks, rows, x.shape[1], device=x.device)
     with torch.cuda.device_of(x):
-        _terms[blocks, groups](x, dy, w, b, h, dx, *_sizes(x), P=_POSITIONS, N=_CHANNELS)
-        _add_transposed[blocks, groups](h, w, dx, *_sizes(x), P=_POSITIONS, N=_CHANNELS)
+        _terms[blocks, groups](x, dy, w, sharpness, b, h, dx, bend, *_sizes(x), **_blocks(w))
+        _add_transposed[blocks, groups](h, w, dx, *_sizes(x), **_blocks(w))
         if weights:
-            _sums[chunks, groups, 10](h, x, sums, *_sizes(x), P=_POSITIONS, N=_CHANNELS)
+            _sums[chunks, groups, rows](h, x, bend, sums, *_sizes(x), **_blocks(w))
     return dx, sums
+
+
+def _blocks(w: Tensor) -> dict[str, int]:
+    return {"K": 3 if len(w) == 9 else 5, "P": _POSITIONS, "N": _CHANNELS}
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int, int]:

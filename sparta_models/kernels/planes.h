@@ -1,9 +1,10 @@
-// One image and one group of L channels: y = x * sigmoid(g), g = 3 x 3 correlation of x + offset, forward and backward.
+// One image and one group of L channels: y from x and g, a K x K correlation of x + offset, forward and backward. What y is of
+// x and g, a Form says.
 //
-// Rows stream through registers: the window of 3 x 3 positions slides along a row, and three rows of the backward's terms
-// stay in a ring. Storage is channels_last.
+// The image passes through rings of K rows of floats with K / 2 zeros at each side, so that the inner loops know neither
+// borders nor storage. Storage is channels_last.
 //
-//   h = dy * x * s (1 - s), s = sigmoid(g);   dx = dy * s + transposed correlation of h with w;   dw = correlation of h with x
+//   dx = direct + transposed correlation of h with w;   dw = correlation of h with x;   direct = dy dy/dx, h = dy dy/dg
 
 #pragma once
 
@@ -18,154 +19,232 @@
 
 namespace {
 
-using Window = std::array<vf, 9>;  // [row * 3 + column]
-
-// Three neighbouring rows; one outside the image is a zero that isn't moved along.
-template <typename T>
-struct Rows {
-  std::array<const T*, 3> row;
-  std::array<int64_t, 3> stride;
-
-  Rows(const T* plane, const T* zero, int64_t r, int64_t height, int64_t width, int64_t channels) {
-    for (int i = 0; i < 3; ++i) {
-      int64_t at = r + i - 1;
-      bool inside = at >= 0 && at < height;
-      row[i] = inside ? plane + at * width * channels : zero;
-      stride[i] = inside ? channels : 0;
-    }
-  }
-
-  template <bool Full>
-  inline void enter(Window& window, int64_t column, int64_t width, int n) const {
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-      window[3 * i] = window[3 * i + 1];
-      window[3 * i + 1] = window[3 * i + 2];
-      window[3 * i + 2] = column < width ? load<T, Full>(row[i] + column * stride[i], n) : vf{};
-    }
-  }
-};
-
-inline vf dot(const Window& a, const Window& b, vf start) {
-#pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) start += a[t] * b[t];
-  return start;
-}
+template <int K>
+using Taps = std::array<vf, K * K>;  // [row * K + column]
 
 struct Shape {
   int64_t height, width, channels;
 };
 
-// What is added to the correlation at a position, and where the backward's h goes besides: nothing but the bias, ...
-struct Bias {
-  vf b;
-  vf at(int64_t) const { return b; }
-  void take(int64_t, vf) const {}
+// The K latest rows of an image of vectors.
+template <int K>
+class Rows {
+ public:
+  explicit Rows(int64_t width) : width(width), data(K * (width + K - 1)) {}
+  vf* at(int64_t r) { return data.data() + (r + K) % K * (width + K - 1) + K / 2; }
+  void clear(int64_t r) { std::fill(at(r), at(r) + width, vf{}); }
+  // Before the first row of an image; the zeros at the sides stay.
+  void start() {
+    for (int64_t r = -(K / 2); r < 0; ++r) clear(r);
+  }
+  // Rows r - K / 2 to r + K / 2.
+  std::array<const vf*, K> around(int64_t r) {
+    std::array<const vf*, K> rows;
+    for (int i = 0; i < K; ++i) rows[i] = at(r + i - K / 2);
+    return rows;
+  }
+
+ private:
+  int64_t width;
+  std::vector<vf> data;
 };
 
-// ... or a map of the image that all channels share, and the sum of h over channels, L at a time.
-struct BiasAndMap {
+template <typename T>
+inline vf load(const T* from, int n) {
+  return n == L ? load<T, true>(from, n) : load<T, false>(from, n);
+}
+
+template <typename T>
+inline void store(T* to, vf v, int n) {
+  n == L ? store<T, true>(to, v, n) : store<T, false>(to, v, n);
+}
+
+// What a thread needs for one plane.
+template <int K>
+struct Scratch {
+  Rows<K> x, h, direct;
+  explicit Scratch(int64_t width) : x(width), h(width), direct(width) {}
+};
+
+// The correlations with w, or the transposed ones, at B columns from j on: what neighbours share is loaded once.
+template <int K, bool Transposed, int B, typename Use>
+inline void columns(const std::array<const vf*, K>& rows, const Taps<K>& w, int64_t j, Use& use) {
+  std::array<vf, B> sum = {};
+#pragma GCC unroll 5
+  for (int i = 0; i < K; ++i) {
+#pragma GCC unroll 5
+    for (int k = 0; k < K; ++k) {
+      const vf weight = w[Transposed ? K * K - 1 - i * K - k : i * K + k];
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) sum[b] += rows[i][j + b + k - K / 2] * weight;
+    }
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < B; ++b) use(j + b, sum[b]);
+}
+
+// Calls use(column, correlation) along a row.
+template <int K, bool Transposed = false, typename Use>
+inline void correlate(const std::array<const vf*, K>& rows, const Taps<K>& w, int64_t width, Use use) {
+  int64_t j = 0;
+  for (; j + 4 <= width; j += 4) columns<K, Transposed, 4>(rows, w, j, use);
+  for (; j < width; ++j) columns<K, Transposed, 1>(rows, w, j, use);
+}
+
+// Gradients of a plane's parameters, summed over its positions.
+template <int K>
+struct Sums {
+  Taps<K> taps = {};
+  vf bias = {}, sharpness = {};
+};
+
+struct Terms {
+  vf direct, h, sharpness;  // the last: dy times y's derivative with respect to the sharpness
+};
+
+// y = x sigmoid(g).
+struct Gate {
   vf b;
+  vf start(int64_t) const { return b; }
+  vf value(vf x, vf g) const { return x * sigmoid(g); }
+  Terms terms(int64_t, vf x, vf g, vf dy) const {
+    vf s = sigmoid(g), through = dy * s;
+    return {through, through * x * (1.0f - s), vf{}};
+  }
+};
+
+// The same; to g is added a map of the image that all channels share, and h is summed over channels, L at a time.
+struct GateAndMap : Gate {
   const float* map;
   vf* sums;
-  vf at(int64_t position) const { return b + map[position]; }
-  void take(int64_t position, vf h) const { sums[position] += h; }
+  vf start(int64_t position) const { return b + map[position]; }
+  Terms terms(int64_t position, vf x, vf g, vf dy) const {
+    Terms t = Gate::terms(position, x, g, dy);
+    sums[position] += t.h;
+    return t;
+  }
 };
 
-template <typename T, bool Full, typename Offset>
-void forward_plane(const T* x, T* y, const T* zero, Window w, Offset b, Shape s, int n) {
-  for (int64_t r = 0; r < s.height; ++r) {
-    Rows<T> rows(x, zero, r, s.height, s.width, s.channels);
-    Window window = {};
-    rows.template enter<Full>(window, 0, s.width, n);
-    for (int64_t j = 0; j < s.width; ++j) {
-      rows.template enter<Full>(window, j + 1, s.width, n);
-      store<T, Full>(y + (r * s.width + j) * s.channels, window[4] * sigmoid(dot(w, window, b.at(r * s.width + j))), n);
-    }
+// y = g + d sigmoid(beta d), d = x - g: the smooth maximum of x and g.
+struct SmoothMax {
+  vf b, beta;
+  vf start(int64_t) const { return b; }
+  vf value(vf x, vf g) const {
+    vf d = x - g;
+    return g + d * sigmoid(beta * d);
+  }
+  Terms terms(int64_t, vf x, vf g, vf dy) const {
+    vf d = x - g, s = sigmoid(beta * d), slope = d * s * (1.0f - s), direct = dy * (s + beta * slope);
+    return {direct, dy - direct, dy * d * slope};
+  }
+};
+
+// Row r of the image enters the ring; zeros below the last one.
+template <typename T, int K>
+void enter(Rows<K>& ring, const T* x, int64_t r, Shape s, int n) {
+  if (r >= s.height) return ring.clear(r);
+  vf* to = ring.at(r);
+  x += r * s.width * s.channels;
+  for (int64_t j = 0; j < s.width; ++j) to[j] = load(x + j * s.channels, n);
+}
+
+template <typename T, int K, typename Form>
+void forward_plane(const T* x, T* y, Scratch<K>& scratch, const Taps<K> w, const Form form, Shape s, int n) {
+  const int64_t ahead = (K / 2 + 1) * s.width;
+  scratch.x.start();
+  for (int64_t at = 0; at < s.height + K / 2; ++at) {
+    enter(scratch.x, x, at, s, n);
+    const int64_t r = at - K / 2;
+    if (r < 0) continue;
+    const auto rows = scratch.x.around(r);
+    correlate<K>(rows, w, s.width, [&](int64_t j, vf sum) {
+      const int64_t position = r * s.width + j;
+      __builtin_prefetch(x + (position + ahead) * s.channels);
+      store(y + position * s.channels, form.value(rows[K / 2][j], form.start(position) + sum), n);
+    });
   }
 }
 
-// Terms of the backward for three rows: h with a zero column at each side, and dy * s.
-struct Ring {
-  std::vector<vf> h, direct;
-  int64_t width;
-  explicit Ring(int64_t width) : h(3 * (width + 2)), direct(3 * width), width(width) {}
-  vf* h_row(int64_t r) { return h.data() + (r + 3) % 3 * (width + 2); }
-  vf* direct_row(int64_t r) { return direct.data() + (r + 3) % 3 * width; }
-};
-
-template <typename T, bool Full, bool Weights, typename Offset>
-void backward_row(const T* x, const T* dy, const T* zero, Ring& ring, Window w, Offset b, Window& dw_sum, vf& db_sum,
+template <typename T, int K, bool Weights, typename Form>
+void backward_row(const T* x, const T* dy, Scratch<K>& scratch, const Taps<K>& w, const Form form, Sums<K>& sums,
                   int64_t r, Shape s, int n) {
-  Rows<T> rows(x, zero, r, s.height, s.width, s.channels);
-  vf *__restrict h = ring.h_row(r), *__restrict direct = ring.direct_row(r);
-  Window window = {};
-  // Sums in locals, which no store can alias, stay in registers.
-  Window dw = dw_sum;
-  vf db = db_sum;
-  rows.template enter<Full>(window, 0, s.width, n);
-  for (int64_t j = 0; j < s.width; ++j) {
-    rows.template enter<Full>(window, j + 1, s.width, n);
-    vf gate = sigmoid(dot(w, window, b.at(r * s.width + j)));
-    vf through = load<T, Full>(dy + (r * s.width + j) * s.channels, n) * gate;
-    vf term = through * window[4] * (1.0f - gate);
-    direct[j] = through;
-    h[j + 1] = term;
-    b.take(r * s.width + j, term);
-    if constexpr (Weights) {
-#pragma GCC unroll 9
-      for (int t = 0; t < 9; ++t) dw[t] += term * window[t];
-      db += term;
-    }
-  }
+  const int64_t ahead = (K / 2 + 1) * s.width;
+  const auto rows = scratch.x.around(r);
+  vf *__restrict h = scratch.h.at(r), *__restrict direct = scratch.direct.at(r);
+  vf sharpness = sums.sharpness;
+  correlate<K>(rows, w, s.width, [&](int64_t j, vf sum) {
+    const int64_t position = r * s.width + j;
+    const vf g = form.start(position) + sum;
+    __builtin_prefetch(x + (position + ahead) * s.channels);
+    const Terms t = form.terms(position, rows[K / 2][j], g, load(dy + position * s.channels, n));
+    direct[j] = t.direct;
+    h[j] = t.h;
+    if constexpr (Weights) sharpness += t.sharpness;
+  });
   if constexpr (Weights) {
-    dw_sum = dw;
-    db_sum = db;
-  }
-}
-
-template <typename T, bool Full>
-void write_row(T* dx, Ring& ring, Window w, int64_t r, Shape s, int n) {
-  const vf *above = ring.h_row(r - 1), *here = ring.h_row(r), *below = ring.h_row(r + 1), *direct = ring.direct_row(r);
-  for (int64_t j = 0; j < s.width; ++j) {
-    vf v = direct[j];
-    // h at row r - (i - 1), column j - (k - 1), times w at (i, k).
-    v += below[j + 2] * w[0] + below[j + 1] * w[1] + below[j] * w[2];
-    v += here[j + 2] * w[3] + here[j + 1] * w[4] + here[j] * w[5];
-    v += above[j + 2] * w[6] + above[j + 1] * w[7] + above[j] * w[8];
-    store<T, Full>(dx + (r * s.width + j) * s.channels, v, n);
-  }
-}
-
-template <typename T, bool Full, bool Weights, typename Offset>
-void backward_plane(const T* x, const T* dy, T* dx, const T* zero, Ring& ring, Window w, Offset b, Window& dw, vf& db,
-                    Shape s, int n) {
-  std::fill(ring.h.begin(), ring.h.end(), vf{});
-  for (int64_t r = 0; r <= s.height; ++r) {
-    if (r < s.height) {
-      backward_row<T, Full, Weights, Offset>(x, dy, zero, ring, w, b, dw, db, r, s, n);
-    } else {
-      std::fill(ring.h_row(r), ring.h_row(r) + s.width + 2, vf{});
+    // Sums in locals, which no store can alias, stay in registers.
+    Taps<K> taps = sums.taps;
+    vf bias = sums.bias;
+    for (int64_t j = 0; j < s.width; ++j) {
+      const vf term = h[j];
+      bias += term;
+#pragma GCC unroll 5
+      for (int i = 0; i < K; ++i) {
+#pragma GCC unroll 5
+        for (int k = 0; k < K; ++k) taps[i * K + k] += term * rows[i][j + k - K / 2];
+      }
     }
-    if (r > 0) write_row<T, Full>(dx, ring, w, r - 1, s, n);
+    sums = {taps, bias, sharpness};
   }
 }
 
-// Weights (9, C) of L channels from c on.
-inline Window taps(const float* w, int64_t c, int64_t channels, int n) {
-  Window out;
-  for (int t = 0; t < 9; ++t) out[t] = load<float, false>(w + t * channels + c, n);
+template <typename T, int K, bool Weights, typename Form>
+void backward_plane(const T* x, const T* dy, T* dx, Scratch<K>& scratch, const Taps<K> w, const Form form,
+                    Sums<K>& sums, Shape s, int n) {
+  scratch.x.start();
+  scratch.h.start();
+  for (int64_t at = 0; at < s.height + K - 1; ++at) {
+    enter(scratch.x, x, at, s, n);
+    const int64_t r = at - K / 2;
+    if (r >= 0 && r < s.height) {
+      backward_row<T, K, Weights>(x, dy, scratch, w, form, sums, r, s, n);
+    } else if (r >= s.height) {
+      scratch.h.clear(r);
+    }
+    const int64_t out = r - K / 2;
+    if (out < 0) continue;
+    const auto rows = scratch.h.around(out);
+    const vf* direct = scratch.direct.at(out);
+    correlate<K, true>(rows, w, s.width, [&](int64_t j, vf sum) {
+      store(dx + (out * s.width + j) * s.channels, direct[j] + sum, n);
+    });
+  }
+}
+
+inline vf of_channels(const float* values, int64_t c, int n) { return load<float, false>(values + c, n); }
+
+inline vf of_channels(const std::optional<at::Tensor>& values, int64_t c, int n) {
+  return values ? of_channels(values->const_data_ptr<float>(), c, n) : vf{};
+}
+
+// Weights (K * K, C) of L channels from c on.
+template <int K>
+inline Taps<K> taps(const float* w, int64_t c, int64_t channels, int n) {
+  Taps<K> out;
+  for (int t = 0; t < K * K; ++t) out[t] = of_channels(w + t * channels, c, n);
   return out;
 }
 
-inline vf bias(const std::optional<at::Tensor>& b, int64_t c, int n) {
-  return b ? load<float, false>(b->const_data_ptr<float>() + c, n) : vf{};
-}
+// Rows of the sums over positions: the taps, the bias, the sharpness.
+template <int K>
+constexpr int ROWS = K * K + 2;
 
-// A channel group of a backward that has its sums: added to the thread's own (10, C), nine taps and the bias.
-inline void add_sums(float* own, const Window& dw, vf db, int64_t channels, int n) {
-  for (int t = 0; t < 10; ++t, own += channels) {
-    store<float, false>(own, load<float, false>(own, n) + (t < 9 ? dw[t] : db), n);
+// Adds the sums of a channel group to a thread's own (ROWS, C), of which `own` is the group's first column.
+template <int K>
+inline void add_sums(float* own, const Sums<K>& sums, int64_t channels, int n) {
+  for (int t = 0; t < ROWS<K>; ++t, own += channels) {
+    vf sum = t < K * K ? sums.taps[t] : (t == K * K ? sums.bias : sums.sharpness);
+    store<float, false>(own, load<float, false>(own, n) + sum, n);
   }
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparta_models import Sparta, kernel_status
-from sparta_models.activations.functional import depthwise_gate, reference
+from sparta_models.activations.functional import depthwise_gate, reference, smooth_max
 from sparta_models.kernels import _state, kernel
 
 compiled = pytest.mark.skipif(kernel() is None, reason=f"no compiled kernel: {kernel_status()}")
@@ -19,64 +19,84 @@ LAYOUTS = [torch.channels_last, torch.contiguous_format]
 SHAPES = [(2, 32, 8, 8), (3, 20, 5, 7), (2, 3, 1, 1), (1, 17, 1, 6), (2, 16, 6, 1), (2, 1, 4, 4), (5, 64, 2, 2)]
 
 
-def problem(shape, *, dtype=torch.float32, layout=torch.channels_last, bias=True, kernel_size=3, scale=1.0):
+def problem(
+    shape, *, dtype=torch.float32, layout=torch.channels_last, bias=True, kernel_size=3, scale=1.0, smooth=False
+):
+    """Arguments of `fast` and `slow` that want gradients, and a gradient of the output."""
     g = torch.Generator().manual_seed(0)
+    of_weights, channels = torch.promote_types(dtype, torch.float32), shape[1]
     x = (scale * torch.randn(shape, generator=g)).to(dtype).contiguous(memory_format=layout)
-    weight = torch.randn(
-        shape[1], 1, kernel_size, kernel_size, generator=g, dtype=torch.promote_types(dtype, torch.float32)
-    )
-    offset = torch.randn(shape[1], generator=g, dtype=weight.dtype) if bias else None
+    inputs = {"x": x, "weight": torch.randn(channels, 1, kernel_size, kernel_size, generator=g, dtype=of_weights)}
+    if bias:
+        inputs["bias"] = torch.randn(channels, generator=g, dtype=of_weights)
+    if smooth:
+        inputs["sharpness"] = 2 * torch.rand(channels, generator=g, dtype=of_weights)
     dy = torch.randn(shape, generator=g).to(dtype).contiguous(memory_format=layout)
-    inputs = [t.requires_grad_() for t in (x, weight, offset) if t is not None]
-    return inputs, dy
+    return {name: t.requires_grad_() for name, t in inputs.items()}, dy
+
+
+def fast(x, weight, bias=None, sharpness=None, dilation=1):
+    if sharpness is None:
+        return depthwise_gate(x, weight, bias, dilation)
+    return smooth_max(x, weight, sharpness, bias, dilation)
+
+
+def slow(x, weight, bias=None, sharpness=None, dilation=1):
+    return reference(x, weight, bias, dilation, sharpness)
 
 
 def both(inputs, dy, dilation=1):
     """Values and gradients of the fast path and of the reference."""
     results = []
-    for function in (depthwise_gate, reference):
-        y = function(inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None, dilation)
-        results.append((y, *torch.autograd.grad(y, inputs, dy)))
+    for function in (fast, slow):
+        y = function(**inputs, dilation=dilation)
+        results.append((y, *torch.autograd.grad(y, list(inputs.values()), dy)))
     return zip(*results, strict=True)
+
+
+forms = pytest.mark.parametrize("smooth", [False, True], ids=["gate", "smooth maximum"])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["last", "first"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_values_and_gradients_agree_with_the_reference_in_fp32(shape, layout, bias):
-    for fast, slow in both(*problem(shape, layout=layout, bias=bias)):
-        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
-        assert fast.dtype == slow.dtype
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@forms
+def test_values_and_gradients_agree_with_the_reference_in_fp32(shape, layout, bias, kernel_size, smooth):
+    for got, want in both(*problem(shape, layout=layout, bias=bias, kernel_size=kernel_size, smooth=smooth)):
+        # Sums over 25 taps are larger than over 9.
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert got.dtype == want.dtype
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["last", "first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kernel_size", [3, 5], ids=["kernel", "operators"])
+@pytest.mark.parametrize("kernel_size", [3, 7], ids=["kernel", "operators"])
 def test_value_and_gradient_have_the_layout_of_the_input(layout, dtype, kernel_size):
     inputs, dy = problem((2, 20, 5, 7), dtype=dtype, layout=layout, kernel_size=kernel_size)
     # Whatever the layout in which the gradient comes.
     for gradient in (dy, dy.contiguous(), dy.contiguous(memory_format=torch.channels_last)):
-        y = depthwise_gate(*inputs)
-        (dx,) = torch.autograd.grad(y, inputs[:1], gradient)
+        y = fast(**inputs)
+        (dx,) = torch.autograd.grad(y, inputs["x"], gradient)
         assert y.is_contiguous(memory_format=layout)
         assert dx.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize(
-    "options", [{"kernel_size": 5}, {"kernel_size": 1}, {"kernel_size": 3, "dilation": 2}], ids=str
+    ("kernel_size", "dilation"), [(1, 1), (7, 1), (3, 2), (5, 2)], ids=["1x1", "7x7", "dilated", "5x5 dilated"]
 )
-def test_other_kernels_agree_with_the_reference_by_operators(options):
-    dilation = options.pop("dilation", 1)
-    for fast, slow in both(*problem((2, 6, 7, 5), **options), dilation):
-        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+@forms
+def test_other_kernels_agree_with_the_reference_by_operators(kernel_size, dilation, smooth):
+    for got, want in both(*problem((2, 6, 7, 5), kernel_size=kernel_size, smooth=smooth), dilation):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 30.0, 1e4])
-def test_extreme_inputs_agree_with_the_reference(scale):
-    inputs, dy = problem((2, 16, 4, 4), scale=scale)
-    for fast, slow in both(inputs, dy):
-        torch.testing.assert_close(fast, slow, atol=1e-5 * max(1.0, scale), rtol=1e-5)
-        assert fast.isfinite().all()
+@forms
+def test_extreme_inputs_agree_with_the_reference(scale, smooth):
+    for got, want in both(*problem((2, 16, 4, 4), scale=scale, smooth=smooth)):
+        torch.testing.assert_close(got, want, atol=1e-5 * max(1.0, scale), rtol=1e-5)
+        assert got.isfinite().all()
 
 
 def test_not_a_number_stays_one():
@@ -88,18 +108,19 @@ def test_not_a_number_stays_one():
         assert y.isnan().sum() == y[:, 2].isnan().sum() == 9
 
 
-def test_bf16_is_as_close_to_fp32_as_rounding_allows():
-    (x, weight, bias), dy = problem((2, 20, 6, 6), dtype=torch.bfloat16)
-    exact = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
-    y = depthwise_gate(x, weight, bias)
+@forms
+def test_bf16_is_as_close_to_fp32_as_rounding_allows(smooth):
+    inputs, dy = problem((2, 20, 6, 6), dtype=torch.bfloat16, smooth=smooth)
+    exact = {name: t.detach().float().requires_grad_() for name, t in inputs.items()}
+    y, truth = fast(**inputs), slow(**exact)
     assert y.dtype == torch.bfloat16
-    truth = reference(*exact)
     # bf16 has 8 bits of mantissa: half a unit in the last place is 2^-9.
     torch.testing.assert_close(y.float(), truth, atol=1e-6, rtol=2**-8)
-    dx, dw, db = torch.autograd.grad(y, (x, weight, bias), dy)
-    for got, want in zip((dx, dw, db), torch.autograd.grad(truth, exact, dy.float()), strict=True):
-        torch.testing.assert_close(got.float(), want, atol=3e-2, rtol=3e-2)
-    assert (dx.dtype, dw.dtype, db.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
+    wanted = torch.autograd.grad(truth, list(exact.values()), dy.float())
+    for (name, t), got, want in zip(inputs.items(), gradients, wanted, strict=True):
+        torch.testing.assert_close(got.float(), want, atol=3e-2, rtol=3e-2, msg=name)
+        assert got.dtype == t.dtype
 
 
 def test_autocast_keeps_the_inputs_type():
@@ -116,25 +137,27 @@ def test_autocast_keeps_the_inputs_type():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_explicit_backward_passes_gradcheck_and_gradgradcheck(bias, dilation):
-    inputs, _ = problem((2, 3, 4, 3), dtype=torch.float64, bias=bias)
+@forms
+def test_explicit_backward_passes_gradcheck_and_gradgradcheck(bias, dilation, smooth):
+    inputs, _ = problem((2, 3, 4, 3), dtype=torch.float64, bias=bias, smooth=smooth)
 
     def function(*tensors):
-        return depthwise_gate(tensors[0], tensors[1], tensors[2] if bias else None, dilation)
+        return fast(**dict(zip(inputs, tensors, strict=True)), dilation=dilation)
 
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, list(inputs.values()))
+    assert torch.autograd.gradgradcheck(function, list(inputs.values()))
 
 
-def test_second_derivatives_through_the_fast_path_are_the_references():
+@forms
+def test_second_derivatives_through_the_fast_path_are_the_references(smooth):
     results = []
-    for function in (depthwise_gate, reference):
-        (x, weight, bias), dy = problem((2, 16, 4, 4))
-        (dx,) = torch.autograd.grad(function(x, weight, bias), x, dy, create_graph=True)
+    for function in (fast, slow):
+        inputs, dy = problem((2, 16, 4, 4), smooth=smooth)
+        (dx,) = torch.autograd.grad(function(**inputs), inputs["x"], dy, create_graph=True)
         dx.square().sum().backward()
-        results.append((x.grad, weight.grad, bias.grad))
-    for fast, slow in zip(*results, strict=True):
-        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+        results.append([t.grad for t in inputs.values()])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def saved_elements(sparta, x):
@@ -149,16 +172,17 @@ def saved_elements(sparta, x):
     return sum(saved.values())
 
 
-@pytest.mark.parametrize("variant", ["depthwise", "shared"])
+@pytest.mark.parametrize("variant", ["depthwise", "shared", "smoothmax"])
 def test_only_the_input_and_the_weights_are_saved(variant):
     sparta = Sparta(16, variant=variant)
     x = torch.randn(2, 16, 8, 8, requires_grad=True)
-    assert saved_elements(sparta, x) == x.numel() + sparta.gate.weight.numel()
+    assert saved_elements(sparta, x) == x.numel() + sparta.num_parameters()
 
 
 @compiled
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradients_of_weights_are_not_computed_for_an_attack_or_a_frozen_bank(frozen, monkeypatch):
+@pytest.mark.parametrize("variant", ["depthwise", "smoothmax"])
+def test_gradients_of_weights_are_not_computed_for_an_attack_or_a_frozen_bank(variant, frozen, monkeypatch):
     asked = []
     operators = kernel()
 
@@ -171,7 +195,7 @@ def test_gradients_of_weights_are_not_computed_for_an_attack_or_a_frozen_bank(fr
             return operators.gate_backward(*args)
 
     monkeypatch.setattr("sparta_models.activations.fused.kernel", lambda: Spy)
-    sparta = Sparta(16)
+    sparta = Sparta(16, variant=variant)
     if frozen:
         sparta.freeze()
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
@@ -194,7 +218,7 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("variant", ["depthwise", "attention"])
+@pytest.mark.parametrize("variant", ["depthwise", "attention", "smoothmax"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_operators_compute_no_gradients_of_weights_for_an_attack_or_a_frozen_bank(variant, frozen, monkeypatch):
     monkeypatch.setattr("sparta_models.activations.fused.kernel", lambda: None)
@@ -210,15 +234,16 @@ def test_the_operators_compute_no_gradients_of_weights_for_an_attack_or_a_frozen
     assert set(training.asked) == {(True, not frozen)}
 
 
-def test_results_do_not_depend_on_the_number_of_threads_beyond_rounding():
+@forms
+def test_results_do_not_depend_on_the_number_of_threads_beyond_rounding(smooth):
     threads = torch.get_num_threads()
-    inputs, dy = problem((8, 32, 16, 16))
+    inputs, dy = problem((8, 32, 16, 16), smooth=smooth)
     results = []
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            y = depthwise_gate(*inputs)
-            results.append((y, *torch.autograd.grad(y, inputs, dy)))
+            y = fast(**inputs)
+            results.append((y, *torch.autograd.grad(y, list(inputs.values()), dy)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0][0], results[1][0])
@@ -228,7 +253,7 @@ def test_results_do_not_depend_on_the_number_of_threads_beyond_rounding():
 
 def test_the_result_is_the_same_each_time():
     inputs, dy = problem((8, 32, 8, 8))
-    first, second = (torch.autograd.grad(depthwise_gate(*inputs), inputs, dy) for _ in range(2))
+    first, second = (torch.autograd.grad(fast(**inputs), list(inputs.values()), dy) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -307,7 +332,7 @@ def test_without_a_home_directory_the_operators_take_over(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("variant", ["depthwise", "shared", "attention"])
+@pytest.mark.parametrize("variant", ["depthwise", "shared", "attention", "smoothmax"])
 def test_torch_jit_traces_the_operators(variant):
     sparta, x = Sparta(4, variant=variant), torch.randn(2, 4, 5, 5)
     torch.nn.init.normal_(sparta.gate.weight)

@@ -36,7 +36,7 @@ def parts(site: Sparta, x: Tensor) -> Parts:
     g = site.gate(x)
     if site.variant == "smoothmax":
         value = x - g
-        return Parts(g, value, site.gate.sharpness * value)
+        return Parts(g, value, site.gate.sharpness.to(value.dtype) * value)
     return Parts(torch.zeros_like(x), x, g)
 
 
