@@ -1,4 +1,4 @@
-"""The gate x sigmoid(g) and the smooth maximum of x and g, g a depthwise correlation, by an autograd function that keeps x.
+"""x sigmoid(g), or the smooth maximum of x and g; g a depthwise correlation: an autograd function that keeps x alone.
 
 A PGD step pays the gate forward and backward, so both are one pass where the compiled kernel fits, and the backward
 computes the gate again instead of storing it: memory is that of SiLU. The gradients of weights are computed only where
