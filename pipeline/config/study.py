@@ -24,6 +24,8 @@ class Contender(Section):
     """Laid over the options of the source's architecture, e.g. a width that matches the source's parameters."""
     epochs: PositiveInt | None = None
     """Its own number of epochs, e.g. for equal training FLOPs; None: as the source."""
+    activation_lr_factor: float | None = Field(default=None, ge=0)
+    """Its own training.optimizer.activation_lr_factor, where another suits it better; None: as the source."""
 
 
 class RegimeConfig(Section):
@@ -31,6 +33,15 @@ class RegimeConfig(Section):
 
     training: TrainingConfig
     """How they are trained."""
+    evaluation: EvaluationConfig
+    """How they are judged."""
+
+
+class FinalConfig(Section):
+    """A second, harder judgement of the networks that matter most: the source, the controls, the frozen ones."""
+
+    contenders: tuple[str, ...] = ()
+    """Names of contenders that are judged with them."""
     evaluation: EvaluationConfig
     """How they are judged."""
 
@@ -44,6 +55,8 @@ class StudyConfig(Section):
     """Activations beside the source's ("sparta") and the control's ("control")."""
     standard: RegimeConfig | None = None
     """The same networks trained without an attack; None: left out."""
+    final: FinalConfig | None = None
+    """Judges the finalists again, in groups of their own; None: all are judged once, by the chain's evaluation."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -54,4 +67,8 @@ class StudyConfig(Section):
             raise ValueError(f"study.contenders expected different names, got {', '.join(names)}")
         if taken := sorted(set(names) & set(RESERVED)):
             raise ValueError(f"study.contenders: {', '.join(taken)} names the chain's own network; rename it")
+        if self.final and (unknown := sorted(set(self.final.contenders) - set(names))):
+            raise ValueError(
+                f"study.final.contenders expected names among {', '.join(names)}, got {', '.join(unknown)}"
+            )
         return self

@@ -2,17 +2,18 @@
 
 Branches are named CONTENDER-sSEED, TARGET-CONTENDER-sSEED on a transfer target, and standard-CONTENDER-sSEED where the
 training has no attack. On a target three networks compete: the frozen activation ("frozen"), the same activation
-learned there from scratch ("learned"), and the control.
+learned there from scratch ("learned"), and the control. Finalists are judged twice, the second time as final-BRANCH.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.chain import ChainConfig, TransferTarget
 from pipeline.config.evaluation import EvaluationConfig
-from pipeline.config.model import ActivationConfig, ModelConfig
-from pipeline.config.study import RegimeConfig, StudyConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.study import Contender, FinalConfig, RegimeConfig, StudyConfig
+from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
 from pipeline.report.study import Entry, Role, Study
@@ -62,12 +63,13 @@ class StudyTask:
 def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
     """All nodes after the data are prepared, in the order of the stages."""
     networks = tuple(_networks(config, study))
-    pretrain = [_trainer(network) for network in networks if network.trained.startswith("pretrain")]
+    trainers = {network.trained: _trainer(network) for network in networks}
+    pretrain = [node for node in trainers.values() if node.stage == "pretrain"]
     freeze = [
         freeze_node(FreezeTask(f"pretrain:{MAIN}-s{seed}", SOURCE_DATA, _threat(config)), branch=f"s{seed}")
         for seed in (study.seeds if config.transfer else ())
     ]
-    transfer = [_trainer(network) for network in networks if network.trained.startswith("transfer")]
+    transfer = [node for node in trainers.values() if node.stage == "transfer"]
     judged = [
         evaluate_node(n.branch, EvaluateTask(n.trained, n.reference, n.task.data, n.evaluation, n.task.seed, n.matched))
         for n in networks
@@ -84,31 +86,62 @@ def _networks(config: ChainConfig, study: StudyConfig) -> Iterator[Network]:
             yield from _at_home(config, study, seed, study.standard, STANDARD)
         for target in config.transfer:
             yield from _on_target(config, target, seed)
+    if study.final is not None:
+        yield from _finalists(config, study, study.final)
+
+
+def _finalists(config: ChainConfig, study: StudyConfig, final: FinalConfig) -> Iterator[Network]:
+    """Networks of the study once more, to be judged in another way."""
+    names = {MAIN, CONTROL, FROZEN, *final.contenders}
+    regime = RegimeConfig(training=config.training, evaluation=final.evaluation)
+    for seed in study.seeds:
+        networks = [*_at_home(config, study, seed, regime, ADVERSARIAL)]
+        for target in config.transfer:
+            networks += _on_target(config, target, seed)
+        for network in networks:
+            if network.contender in names:
+                yield replace(
+                    network,
+                    group=f"{network.group}: finalists",
+                    branch=f"final-{network.branch}",
+                    evaluation=final.evaluation,
+                    matched=tuple((name, key) for name, key in network.matched if name in names),
+                )
 
 
 def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeConfig, group: str) -> Iterator[Network]:
     """The source, its control and the contenders, trained on the source's data."""
-    rows: list[tuple[str, ActivationConfig, Mapping[str, Any], int | None]] = [
-        (MAIN, config.model.activation, {}, None),
-        (CONTROL, config.control, {}, None),
-        *((c.name, c.activation, c.options, c.epochs) for c in study.contenders),
+    rows = [
+        Contender.model_construct(name=MAIN, activation=config.model.activation),
+        Contender.model_construct(name=CONTROL, activation=config.control),
+        *study.contenders,
     ]
     prefix = "standard-" if group == STANDARD else ""
     contenders = tuple((c.name, f"pretrain:{prefix}{c.name}-s{seed}") for c in study.contenders)
-    for name, activation, options, epochs in rows:
-        twin = MAIN if name == CONTROL else CONTROL
-        own = regime.training if epochs is None else regime.training.model_copy(update={"epochs": epochs})
-        model = ModelConfig(name=config.model.name, options={**config.model.options, **options}, activation=activation)
+    for row in rows:
+        twin = MAIN if row.name == CONTROL else CONTROL
+        options = {**config.model.options, **row.options}
+        model = ModelConfig(name=config.model.name, options=options, activation=row.activation)
         yield Network(
             group=group,
-            contender=name,
-            branch=f"{prefix}{name}-s{seed}",
-            trained=f"pretrain:{prefix}{name}-s{seed}",
+            contender=row.name,
+            branch=f"{prefix}{row.name}-s{seed}",
+            trained=f"pretrain:{prefix}{row.name}-s{seed}",
             reference=f"pretrain:{prefix}{twin}-s{seed}",
-            task=TrainTask(model, config.augment, own, seed, SOURCE_DATA),
+            task=TrainTask(model, config.augment, _own(regime.training, row), seed, SOURCE_DATA),
             evaluation=regime.evaluation,
-            matched=contenders if name == MAIN else (),
+            matched=contenders if row.name == MAIN else (),
         )
+
+
+def _own(training: TrainingConfig, contender: Contender) -> TrainingConfig:
+    """The common training with what the contender has of its own."""
+    if contender.epochs is not None:
+        training = training.model_copy(update={"epochs": contender.epochs})
+    if contender.activation_lr_factor is not None:
+        optimizer = training.optimizer.model_copy(update={"activation_lr_factor": contender.activation_lr_factor})
+        training = training.model_copy(update={"optimizer": optimizer})
+    return training
 
 
 def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterator[Network]:

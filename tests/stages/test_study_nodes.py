@@ -60,6 +60,30 @@ def test_a_contender_may_be_wider_or_train_longer() -> None:
     assert every["pretrain:standard-sparta-s0"].task.training.method.kind == "standard"
 
 
+def test_a_contender_may_have_a_learning_rate_of_its_own() -> None:
+    own = "{name: frelu, activation: {name: frelu}, activation_lr_factor: 0.5}"
+    every = nodes("study_quick", f"study.contenders=[{own}]")
+    assert every["pretrain:frelu-s0"].task.training.optimizer.activation_lr_factor == 0.5
+    assert every["pretrain:sparta-s0"].task.training.optimizer.activation_lr_factor != 0.5
+
+
+def test_finalists_are_trained_once_and_judged_twice() -> None:
+    final = "study.final={contenders: [frelu], evaluation: {attacks: full}}"
+    with_final, without = nodes("study_quick", final), nodes()
+    trainings = {key for key in without if key.startswith(("pretrain:", "transfer:"))}
+    assert {key for key in with_final if key.startswith(("pretrain:", "transfer:"))} == trainings
+    judged = {key.removeprefix("evaluate:final-") for key in with_final if key.startswith("evaluate:final-")}
+    places = ("sparta", "control", "frelu", "deeper-frozen", "deeper-control")
+    assert judged == {
+        f"{place}-s{seed}" for place in (*places, "digits-5-9-frozen", "digits-5-9-control") for seed in (0, 1)
+    }
+    task = with_final["evaluate:final-sparta-s1"].task
+    assert task.model == "pretrain:sparta-s1"
+    assert task.evaluation.attacks[-2].kind == "autoattack"
+    assert [name for name, _ in task.matched] == ["frelu"]
+    assert with_final["evaluate:sparta-s1"].task == without["evaluate:sparta-s1"].task
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -71,6 +95,7 @@ def test_a_contender_may_be_wider_or_train_longer() -> None:
             "different names",
         ),
         ("study.contenders=[{name: a, activation: {name: nothing}}]", "unknown activation"),
+        ("study.final={contenders: [mish], evaluation: {}}", "among silu, .* got mish"),
     ],
 )
 def test_bad_studies_are_refused(override: str, message: str) -> None:
