@@ -9,6 +9,7 @@ one to all. A function that is bound to a width is shared, under "stage", by the
 it without registering it again, so that state_dict holds every tensor once and DDP sees one parameter.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparta_models.activations import Activation, build_activation
+from sparta_models.activations import ACTIVATIONS, Activation, build_activation
 
 SHARINGS = ("site", "stage", "network")
 
@@ -112,8 +113,10 @@ class ActivationSpec:
         return build_activation(self.name, num_channels, **self.options)
 
     def mapping(self) -> dict[str, Any]:
-        """The mapping that `parse` reads."""
-        return {"name": self.name, "sharing": self.sharing, **self.options}
+        """The mapping that `parse` reads, every option spelled out: what is saved must outlive a change of defaults."""
+        parameters = inspect.signature(ACTIVATIONS[self.name]).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return {"name": self.name, "sharing": self.sharing, **defaults, **self.options}
 
     def any_width(self) -> bool:
         """Whether the tensors have the same shapes at every width."""

@@ -81,7 +81,7 @@ def test_chain_makes_table_report_and_registered_activation(done: tuple[Path, st
     found = Registry(TrackingConfig(uri=f"sqlite:///{root}/mlflow.db"), root).resolve("sparta-activation@candidate")
     assert {name: found.tags[name] for name in ("schema", "variant", "activation", "architecture")} == {
         "schema": str(SCHEMA),
-        "variant": "depthwise",
+        "variant": "smoothmax",
         "activation": "sparta",
         "architecture": "resnet8",
     }

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Section
-from sparta_models import ACTIVATIONS, MODELS, build_activation
+from sparta_models import ACTIVATIONS, MODELS, ActivationSpec, build_activation
 
 Option = bool | int | float | str
 
@@ -32,8 +32,8 @@ class ActivationConfig(Section):
         return self
 
     def spec(self) -> dict[str, Any]:
-        """The mapping that `sparta_models.build_model(activation=...)` takes."""
-        return {"name": self.name, "sharing": self.sharing, **self.options}
+        """The mapping that `sparta_models.build_model(activation=...)` takes, with every option spelled out."""
+        return ActivationSpec.parse({"name": self.name, "sharing": self.sharing, **self.options}).mapping()
 
 
 class ArchitectureConfig(Section):

@@ -1,7 +1,7 @@
 """What the activations of a trained network do: gate maps of images, and responses to a change of one pixel.
 
-Every activation is read as a gate, y = x phi, so that they can be compared: phi = y / x. For Sparta that is
-sigmoid(g(x)); for ReLU it is 1[x > 0].
+Every activation is read as a gate, so that they can be compared. Sparta has one: phi in y = T + (x - T) phi, or in
+y = x phi. For all others phi = y / x; for ReLU that is 1[x > 0].
 """
 
 from typing import NamedTuple
@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sparta_models import Activation, SiteInfo, sites
+from pipeline.evaluation.audit.gates import parts
+from sparta_models import Activation, SiteInfo, Sparta, sites
 
 Array = npt.NDArray[np.float32]
 
@@ -46,14 +47,23 @@ def gate_maps(model: nn.Module, x: Tensor) -> dict[int, Array]:
         x: (B, C, H, W) images in [0, 1].
 
     Returns:
-        stage -> (B, h, w) in [0, 1]. Inputs next to 0, where y / x means nothing, count as slightly positive.
+        stage -> (B, h, w) in [0, 1]. Where y / x is taken, inputs next to 0, where it means nothing, count as slightly
+        positive.
     """
     maps = {}
     for info, inner in _inputs(model, x):
-        off_zero = torch.where(inner.abs() < _NEXT_TO_ZERO, torch.full_like(inner, _NEXT_TO_ZERO), inner)
-        gate = model.get_submodule(info.name)(off_zero) / off_zero
+        gate = _gate(model.get_submodule(info.name), inner)
         maps[info.stage] = gate.mean(dim=1).clamp(0, 1).float().cpu().numpy()
     return maps
+
+
+def _gate(site: nn.Module, x: Tensor) -> Tensor:
+    """phi, (B, C, H, W)."""
+    if isinstance(site.function, Sparta):
+        return torch.sigmoid(parts(site.function, x).g)
+    off_zero = torch.where(x.abs() < _NEXT_TO_ZERO, torch.full_like(x, _NEXT_TO_ZERO), x)
+    gate: Tensor = site(off_zero) / off_zero
+    return gate
 
 
 def responses(model: nn.Module, x: Tensor) -> list[Response]:

@@ -1,4 +1,4 @@
-"""The forms of Sparta's g. Each starts at g(x) = beta x, so that the activation starts as x sigmoid(beta x).
+"""The forms of Sparta. Each starts as x sigmoid(beta x).
 
 Legend: x (B, C, H, W); * a k x k convolution with zero padding, same size out; s the logistic sigmoid.
 """

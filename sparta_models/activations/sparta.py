@@ -1,10 +1,14 @@
-"""Sparta: the spatially attentive activation y = x * phi(x), phi(x) = sigmoid(g(x)), g a function of a neighbourhood.
+"""Sparta: the spatially attentive activation, a gate at every position that depends on the neighbourhood there.
 
 Guo, Juefei-Xu, Zhou, Feng, Liu, Wang: "Sparta: Spatially Attentive and Adversarially Robust Activation", arXiv
 2105.08269. Of the paper, its abstract's properties are what is held to: the gate is spatially attentive and input
-dependent. The form of g is this project's own choice.
+dependent. The form is this project's own choice, the default by measurement (LOG.md): the smooth maximum
 
-Legend: x (B, C, H, W); g (B, C, H, W) or (B, 1, H, W); k the kernel size; beta the sharpness at the start.
+    y = T + (x - T) phi,   phi = sigmoid(b (x - T)),   T = w * x
+
+of x and a depthwise k x k correlation of it. The multiplicative forms are y = x phi, phi = sigmoid(g(x)).
+
+Legend: x, T, phi (B, C, H, W); k the kernel size; beta the sharpness at the start.
 """
 
 from torch import Tensor
@@ -21,11 +25,11 @@ class Sparta(Activation):
 
     Args:
         num_channels: C of the input.
-        variant: the form of g, see `sparta_models.activations.gates`.
+        variant: the form, see `sparta_models.activations.gates`.
         kernel_size: k, odd.
         dilation: spacing of the kernel's taps.
         beta: sharpness at the start; y = x sigmoid(beta x) with init "silu".
-        bias: whether g has a learned offset (per channel; one for the variant "shared"), zero at the start.
+        bias: whether T, or g, has a learned offset (per channel; one for the variant "shared"), zero at the start.
         init: "silu", or "relu" for a gate ten times as sharp.
 
     Raises:
@@ -34,15 +38,15 @@ class Sparta(Activation):
     """
 
     cell = VARYING_DEPENDENT
-    formula = "x s(g(x)), g(x) from a k x k neighbourhood"
+    formula = "T + (x - T) s(b (x - T)), T = w * x (or x s(g(x))), from a k x k neighbourhood"
     paper = "Guo et al., arXiv 2105.08269"
 
     def __init__(
         self,
         num_channels: int,
         *,
-        variant: str = "depthwise",
-        kernel_size: int = 3,
+        variant: str = "smoothmax",
+        kernel_size: int = 5,
         dilation: int = 1,
         beta: float = 1.0,
         bias: bool = False,

@@ -39,6 +39,20 @@ def test_the_gate_of_a_new_sparta_is_that_of_silu(images: torch.Tensor):
         np.testing.assert_allclose(maps[stage], torch.sigmoid(inner).mean(dim=1).numpy(), atol=2e-3)
 
 
+def test_the_gate_of_a_trained_smooth_maximum_is_its_phi(images: torch.Tensor):
+    model = network("sparta")
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "gate"):
+                torch.nn.init.normal_(module.gate.weight)
+    maps = gate_maps(model, images)
+    for info in last_sites(model):
+        inner, gate = site_inputs(model, images)[info.stage], model.get_submodule(info.name).function.gate
+        with torch.no_grad():
+            phi = torch.sigmoid(gate.sharpness * (inner - gate(inner)))
+        np.testing.assert_allclose(maps[info.stage], phi.mean(dim=1).numpy(), atol=1e-5)
+
+
 def test_watching_changes_nothing(images: torch.Tensor):
     model = network("sparta")
     with torch.no_grad():
@@ -63,7 +77,9 @@ def test_sparta_with_a_weight_beside_the_centre_answers_to_its_surroundings(imag
                 module.gate.weight[:, :, 0, 1] = 1.0
     for response in responses(model, images[:1]):
         for around, y in response.y.items():
-            expected = response.x / (1 + np.exp(-(response.x + around)))
+            # T is the neighbour's value, and y the smooth maximum of it and x.
+            above = response.x - around
+            expected = around + above / (1 + np.exp(-above))
             np.testing.assert_allclose(y, expected, atol=1e-5)
 
 

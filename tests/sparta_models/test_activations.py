@@ -156,7 +156,8 @@ def test_layout_changes_no_value_and_is_kept(name, options, layout):
     assert y.is_contiguous(memory_format=layout)
 
 
-# At 8 channels, by hand: kernels of 3 x 3 and 7 x 7, bottlenecks of 8 / r channels with their biases, norms of 2 each.
+# At 8 channels, by hand: kernels of 3 x 3 (Sparta: 5 x 5) and 7 x 7, bottlenecks of 8 / r channels with biases, norms
+# of 2 each.
 PARAMETERS = {
     **dict.fromkeys(("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "mish"), 0),
     "prelu": 8,
@@ -170,11 +171,11 @@ PARAMETERS = {
     "frelu": 9 * 8 + 2 * 8,
     "atac": 8 * 2 + 2 * 2 + 2 * 8 + 2 * 8,
     "cbam_relu": (8 * 1 + 1) + (1 * 8 + 8) + 2 * 49,
-    "depthwise": 9 * 8,
-    "attention": 9 * 8 + 2 * 9,
-    "lowrank": 9 * 8 + 8 + 8,
-    "shared": 9,
-    "smoothmax": 9 * 8 + 8,
+    "depthwise": 25 * 8,
+    "attention": 25 * 8 + 2 * 25,
+    "lowrank": 25 * 8 + 8 + 8,
+    "shared": 25,
+    "smoothmax": 25 * 8 + 8,
 }
 
 
@@ -195,8 +196,8 @@ def test_flops_grow_with_the_map(name, options):
     assert 8 * 64 <= small < large <= 4 * small
 
 
-# FLOPs for one element at k = 3: a sigmoid is exponential, addition and division.
-PER_ELEMENT = {"relu": 1, "silu": 3 + 1, "depthwise": 2 * 9 + 3 + 1, "shared": 2 * 9 + 3 + 1, "smoothmax": 2 * 9 + 7}
+# FLOPs for one element at k = 5: a sigmoid is exponential, addition and division.
+PER_ELEMENT = {"relu": 1, "silu": 3 + 1, "depthwise": 2 * 25 + 3 + 1, "shared": 2 * 25 + 3 + 1, "smoothmax": 2 * 25 + 7}
 
 
 @pytest.mark.parametrize("name", PER_ELEMENT)
@@ -390,7 +391,7 @@ def test_cbam_relu_is_its_formula():
 
 
 def test_the_low_rank_gate_is_its_formula():
-    activation = perturbed("sparta", {"variant": "lowrank", "bias": True}, channels=16)
+    activation = perturbed("sparta", {"variant": "lowrank", "kernel_size": 3, "bias": True}, channels=16)
     x = images(2, 16, 4, 3)
     gate = activation.gate
     own = torch.einsum("bcthw,ct->bchw", neighbours(x, 3), gate.weight.flatten(1)) + gate.bias.view(1, -1, 1, 1)

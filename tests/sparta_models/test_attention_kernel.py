@@ -70,7 +70,7 @@ def test_bf16_is_as_close_to_fp32_as_rounding_allows():
 
 
 def test_autocast_keeps_the_inputs_type():
-    sparta = Sparta(8, variant="attention")
+    sparta = Sparta(8, variant="attention", kernel_size=3)
     with torch.autocast("cpu", torch.bfloat16):
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.randn(2, 8, 4, 4, dtype=dtype, requires_grad=True)
@@ -131,7 +131,7 @@ def test_gradients_of_weights_are_not_computed_for_an_attack_or_a_frozen_bank(fr
             return operators.attention_backward(*args)
 
     monkeypatch.setattr("sparta_models.activations.fused.kernel", lambda: Spy)
-    sparta = Sparta(16, variant="attention")
+    sparta = Sparta(16, variant="attention", kernel_size=3)
     if frozen:
         sparta.freeze()
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
@@ -160,13 +160,13 @@ def test_not_a_number_stays_one_and_in_its_image():
     x = torch.zeros(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
     x[0, 2, 1, 1] = float("nan")
     for dtype in (torch.float32, torch.bfloat16):
-        y = Sparta(16, variant="attention")(x.to(dtype))
+        y = Sparta(16, variant="attention", kernel_size=3)(x.to(dtype))
         assert y[0, 2, 1, 1].isnan()
         assert y[1].isfinite().all()
 
 
 def test_function_transforms_and_empty_batches_pass():
-    sparta = Sparta(4, variant="attention")
+    sparta = Sparta(4, variant="attention", kernel_size=3)
     x = torch.randn(1, 4, 3, 3)
     gradient = torch.func.grad(lambda x: sparta(x).sum())(x)
     leaf = x.clone().requires_grad_()

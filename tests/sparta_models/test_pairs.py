@@ -9,7 +9,7 @@ from sparta_models import ACTIVATIONS, MODELS, build_activation, build_model
 from sparta_models.activations.sparta import VARIANTS
 
 SPECS = {name: {"name": name} for name in ACTIVATIONS} | {
-    f"sparta-{v}": {"name": "sparta", "variant": v} for v in VARIANTS if v != "depthwise"
+    f"sparta-{v}": {"name": "sparta", "variant": v} for v in VARIANTS if v != "smoothmax"
 }
 SMALL = {
     "mobilenet_v2": {"width_mult": 0.1},

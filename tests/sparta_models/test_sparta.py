@@ -59,7 +59,7 @@ def test_a_constant_gate_is_linear(variant):
 
 
 def test_smooth_maximum_tends_to_the_funnels_maximum():
-    sparta = Sparta(4, variant="smoothmax", beta=1000.0).double()
+    sparta = Sparta(4, variant="smoothmax", kernel_size=3, beta=1000.0).double()
     torch.nn.init.normal_(sparta.gate.weight)
     x = images(2, 4, 5, 5)
     condition = F.conv2d(x, sparta.gate.weight, padding=1, groups=4)
@@ -67,8 +67,9 @@ def test_smooth_maximum_tends_to_the_funnels_maximum():
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation", "reach"), [(1, 1, 0), (3, 1, 1), (3, 2, 2), (5, 1, 2)])
-def test_the_gate_looks_at_its_neighbourhood_and_no_further(kernel_size, dilation, reach):
-    sparta = Sparta(2, kernel_size=kernel_size, dilation=dilation).double()
+@pytest.mark.parametrize("variant", ["depthwise", "smoothmax"])
+def test_the_gate_looks_at_its_neighbourhood_and_no_further(variant, kernel_size, dilation, reach):
+    sparta = Sparta(2, variant=variant, kernel_size=kernel_size, dilation=dilation).double()
     torch.nn.init.normal_(sparta.gate.weight)
     x = images(1, 2, 9, 9).requires_grad_()
     sparta(x)[0, 0, 4, 4].backward()
@@ -81,7 +82,7 @@ def test_the_gate_looks_at_its_neighbourhood_and_no_further(kernel_size, dilatio
 
 
 def test_the_gate_is_a_correlation_with_zero_padding():
-    sparta = Sparta(1).double()
+    sparta = Sparta(1, variant="depthwise", kernel_size=3).double()
     torch.nn.init.normal_(sparta.gate.weight, generator=torch.Generator().manual_seed(0))
     x = images(1, 1, 4, 5)
     padded = torch.zeros(6, 7, dtype=torch.float64)
@@ -93,7 +94,7 @@ def test_the_gate_is_a_correlation_with_zero_padding():
 
 
 def test_attention_adds_one_map_for_all_channels():
-    sparta = Sparta(4, variant="attention").double()
+    sparta = Sparta(4, variant="attention", kernel_size=3).double()
     torch.nn.init.normal_(sparta.gate.pooled)
     x = images(2, 4, 5, 5)
     added = sparta.gate(x) - x
@@ -110,8 +111,18 @@ def test_low_rank_mixing_adds_a_map_of_low_rank():
     assert torch.linalg.matrix_rank(added) == 2
 
 
+def test_the_smooth_maximum_is_the_one_by_hand_and_the_default():
+    sparta = Sparta(3, bias=True).double()
+    assert (sparta.variant, sparta.gate.weight.shape[-1]) == ("smoothmax", 5)
+    for parameter in sparta.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    x = images(2, 3, 6, 5)
+    t = F.conv2d(x, sparta.gate.weight, sparta.gate.bias, padding=2, groups=3)
+    torch.testing.assert_close(sparta(x), t + (x - t) * torch.sigmoid(sparta.gate.sharpness * (x - t)))
+
+
 def test_one_shared_kernel_fits_every_width_and_is_the_depthwise_one_repeated():
-    shared, depthwise = Sparta(4, variant="shared").double(), Sparta(12).double()
+    shared, depthwise = (Sparta(c, variant=v, kernel_size=3).double() for c, v in ((4, "shared"), (12, "depthwise")))
     torch.nn.init.normal_(shared.gate.weight)
     with torch.no_grad():
         depthwise.gate.weight.copy_(shared.gate.weight.expand(12, 1, 3, 3))

@@ -152,7 +152,7 @@ def test_sharing_sets_how_many_functions_there_are_and_state_dict_holds_each_onc
 
 
 def test_a_shared_function_stays_shared_and_separate_in_a_copy():
-    model = build_model("resnet8", activation={"name": "sparta", "sharing": "stage"})
+    model = build_model("resnet8", activation={"name": "sparta", "sharing": "stage", "variant": "depthwise"})
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.shared_activations["stage1_c16"].gate.weight.zero_()
