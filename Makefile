@@ -32,7 +32,7 @@ format: setup-dev      ## rewrite in the house format
 	@$(PY) -m ruff format .
 
 # The tables and pictures of a study are copied to where the documentation quotes them.
-study: setup           ## the evidence: every activation, every seed (SPARTA_DATA names the folder with the images); days on 2 cores
+study: setup           ## the evidence: every activation, every seed (SPARTA_DATA names the folder with the images); about a day on 2 cores
 	@$(PY) -m pipeline.run study && mkdir -p results && cp runs/study/report/study/$$(cat runs/study/report/study/current.txt)/* results/
 
 study-quick: setup     ## the same tables on embedded digits, in minutes

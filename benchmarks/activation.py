@@ -35,7 +35,8 @@ from sparta_models.kernels import triton_kernel
 
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("relu", "silu", "frelu", "atac", "sparta")},
-    **{f"sparta {v}": {"name": "sparta", "variant": v} for v in VARIANTS if v != "depthwise"},
+    "sparta 3x3": {"name": "sparta", "kernel_size": 3},
+    **{f"{v} 3x3": {"name": "sparta", "variant": v, "kernel_size": 3} for v in VARIANTS if v != "smoothmax"},
 }
 NETS = {"resnet18": ({"width": 64}, 32, 2), "resnet8": ({"width": 16}, 128, 5)}
 """Options of the network, images in a batch, steps in a round."""

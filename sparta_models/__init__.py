@@ -1,7 +1,7 @@
 """Sparta and its relatives: activations, CNNs to put them in, and banks that carry trained activations between CNNs."""
 
 from sparta_models.activations import ACTIVATIONS, Activation, Cell, Sparta, build_activation
-from sparta_models.bank import ActivationBank, frozen_parameters
+from sparta_models.bank import ActivationBank, frozen_parameters, pretrained_banks
 from sparta_models.convert import Replacement, convert
 from sparta_models.kernels import kernel_status
 from sparta_models.models import MODELS, Normalize, build_model
@@ -26,5 +26,6 @@ __all__ = [
     "install",
     "kernel_status",
     "named_sites",
+    "pretrained_banks",
     "sites",
 ]

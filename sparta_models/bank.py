@@ -27,6 +27,9 @@ from sparta_models.sites import (
 )
 from sparta_models.transfer import adapt_tensors, match
 
+PRETRAINED = Path(__file__).with_name("pretrained")
+"""Banks that ship with the package, a folder each, with a card.md that says what they are and aren't."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -69,6 +72,17 @@ class ActivationBank:
                 entries[info.key] = Entry(info, tensors)
         architecture = str(getattr(unwrap(model), "_architecture", type(unwrap(model)).__name__))
         return cls(spec, entries, tuple(infos), architecture, dict(source or {}))
+
+    @classmethod
+    def pretrained(cls, name: str) -> "ActivationBank":
+        """Load a bank that ships with the package.
+
+        Raises:
+            ValueError: for a name that isn't among `pretrained_banks()`.
+        """
+        if name not in pretrained_banks():
+            raise ValueError(f"expected a name among {', '.join(pretrained_banks())}, got {name!r}")
+        return cls.load(PRETRAINED / name)
 
     @property
     def digest(self) -> str:
@@ -152,6 +166,11 @@ class ActivationBank:
                 f"expected a bank with digest {meta['digest']}, got {digest}; the files don't belong together"
             )
         return bank
+
+
+def pretrained_banks() -> list[str]:
+    """Names of the banks that ship with the package, for `ActivationBank.pretrained`."""
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/bank.json"))
 
 
 def _entries(spec: ActivationSpec, infos: tuple[SiteInfo, ...], tensors: Mapping[str, Tensor]) -> dict[str, Entry]:

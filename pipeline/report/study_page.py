@@ -22,7 +22,7 @@ def write_study(study: Study, output: Path, *, dpi: int = 150) -> list[Path]:
     """Write all files into `output` and return them."""
     output.mkdir(parents=True, exist_ok=True)
     charts = [_chart(study, group, number, output, dpi) for number, group in enumerate(study.groups)]
-    tables = {group: _rows(study, group) for group in study.groups}
+    tables = {group: table_rows(study, group) for group in study.groups}
     facts = {"study": study, "sentence": sentence, "tables": tables, "columns": COLUMNS, "charts": charts}
     page = environment().get_template("study.html").render(facts)
     write_atomic(output / RECORD, study.model_dump_json(indent=1) + "\n")
@@ -35,7 +35,7 @@ def write_study(study: Study, output: Path, *, dpi: int = 150) -> list[Path]:
 COLUMNS = ("contender", "activation", "cell", "seeds", "clean %", "robust %", "parameters", "training PFLOP", "audit")
 
 
-def _rows(study: Study, group: str) -> list[tuple[str, ...]]:
+def table_rows(study: Study, group: str) -> list[tuple[str, ...]]:
     """The group's table, best robust accuracy first."""
     names = study.contenders(group)
     names.sort(key=lambda name: -study.mean(group, name, "robust").value)
@@ -65,7 +65,7 @@ def markdown(study: Study) -> str:
     lines = [f"Robust: {study.threat}. Brackets: 95 % t interval over seeds.", ""]
     for group in study.groups:
         lines += [f"### {group}", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-        lines += ["| " + " | ".join(row) + " |" for row in _rows(study, group)]
+        lines += ["| " + " | ".join(row) + " |" for row in table_rows(study, group)]
         lines += ["", *(f"- {sentence(comparison)}" for comparison in study.comparisons(group)), ""]
     return "\n".join(lines)
 

@@ -117,7 +117,8 @@ def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeC
         *study.contenders,
     ]
     prefix = "standard-" if group == STANDARD else ""
-    contenders = tuple((c.name, f"pretrain:{prefix}{c.name}-s{seed}") for c in study.contenders)
+    audited = regime.evaluation.audit.budget != "off"
+    contenders = tuple((c.name, f"pretrain:{prefix}{c.name}-s{seed}") for c in study.contenders if audited)
     for row in rows:
         twin = MAIN if row.name == CONTROL else CONTROL
         options = {**config.model.options, **row.options}

@@ -55,8 +55,8 @@ def test_a_frozen_activation_comes_from_the_same_seed() -> None:
 
 def test_a_contender_may_be_wider_or_train_longer() -> None:
     every = nodes("study", *OWN_DATA)
-    assert every["pretrain:relu.wider-s0"].task.model.options["width"] == 17
-    assert every["pretrain:relu.longer-s0"].task.training.epochs == 13
+    assert every["pretrain:relu.wider-s0"].task.model.options["width"] == 18
+    assert every["pretrain:relu.longer-s0"].task.training.epochs == 7
     assert every["pretrain:standard-sparta-s0"].task.training.method.kind == "standard"
 
 

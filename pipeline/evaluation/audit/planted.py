@@ -197,7 +197,7 @@ HONEST: Mapping[str, Case] = {
     "ReLU": _network(relu, "pgd"),
     "SiLU": _network(named("silu"), "pgd"),
     "Sparta": _network(named("sparta"), "pgd"),
-    "Sparta, smooth maximum": _network(named("sparta", variant="smoothmax"), "pgd"),
+    "Sparta, depthwise": _network(named("sparta", variant="depthwise", kernel_size=3), "pgd"),
     "Sparta, sharp gates": _network(named("sparta", init="relu"), "pgd"),
     "Sparta, with a reference": replace(
         _network(named("sparta"), "pgd"), reference=lambda digits: _network(relu, "pgd").make(digits)
