@@ -86,6 +86,9 @@ class ChainConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"expected transfer targets with different names, got twice: {', '.join(twice)}")
+        final = self.study.final if self.study else None
+        if final and final.targets and (unknown := sorted(set(final.targets) - set(names))):
+            raise ValueError(f"study.final.targets expected names among {', '.join(names)}, got {', '.join(unknown)}")
         if "source" in names:
             raise ValueError('expected transfer target names other than "source", which names the source; rename it')
         return self

@@ -42,6 +42,8 @@ class FinalConfig(Section):
 
     contenders: tuple[str, ...] = ()
     """Names of contenders that are judged with them."""
+    targets: tuple[str, ...] | None = None
+    """Names of the transfer targets whose networks are judged too; None: all."""
     evaluation: EvaluationConfig
     """How they are judged."""
 

@@ -97,7 +97,8 @@ def _finalists(config: ChainConfig, study: StudyConfig, final: FinalConfig) -> I
     for seed in study.seeds:
         networks = [*_at_home(config, study, seed, regime, ADVERSARIAL)]
         for target in config.transfer:
-            networks += _on_target(config, target, seed)
+            if final.targets is None or target.name in final.targets:
+                networks += _on_target(config, target, seed)
         for network in networks:
             if network.contender in names:
                 yield replace(

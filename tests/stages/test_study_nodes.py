@@ -81,6 +81,10 @@ def test_finalists_are_trained_once_and_judged_twice() -> None:
     assert task.model == "pretrain:sparta-s1"
     assert task.evaluation.attacks[-2].kind == "autoattack"
     assert [name for name, _ in task.matched] == ["frelu"]
+    (one,) = {
+        k for k in nodes("study_quick", final[:-1] + ", targets: [deeper]}") if "final-d" in k and "frozen-s0" in k
+    }
+    assert one == "evaluate:final-deeper-frozen-s0"
     assert with_final["evaluate:sparta-s1"].task == without["evaluate:sparta-s1"].task
 
 
@@ -96,6 +100,7 @@ def test_finalists_are_trained_once_and_judged_twice() -> None:
         ),
         ("study.contenders=[{name: a, activation: {name: nothing}}]", "unknown activation"),
         ("study.final={contenders: [mish], evaluation: {}}", "among silu, .* got mish"),
+        ("study.final={targets: [moon], evaluation: {}}", "among deeper, digits-5-9, got moon"),
     ],
 )
 def test_bad_studies_are_refused(override: str, message: str) -> None:
