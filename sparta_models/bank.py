@@ -153,12 +153,14 @@ class ActivationBank:
         """
         tensors, meta = read_bank(Path(directory))
         try:
-            spec = ActivationSpec.parse(meta["activation"])
+            # As it was saved: options that a later version has besides are no part of the digest.
+            options = dict(meta["activation"])
+            spec = ActivationSpec(options.pop("name"), options.pop("sharing", "site"), options)
             infos = tuple(SiteInfo(**info) for info in meta["sites"])
             bank = cls(spec, _entries(spec, infos, tensors), infos, meta["architecture"], meta["source"])
             digest = bank.digest
         # Sizes that no tensor can have are a RuntimeError or an OverflowError of torch.
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{directory}: expected sites and tensors of one activation, got: {said}") from error
         if digest != meta["digest"]:

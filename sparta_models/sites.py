@@ -95,6 +95,8 @@ class ActivationSpec:
     def parse(cls, activation: "str | Mapping[str, Any] | ActivationSpec") -> "ActivationSpec":
         """Read a name, or a mapping {"name": ..., "sharing": ..., **options}.
 
+        Options that aren't named get their defaults, so that what is saved outlives a change of defaults.
+
         Raises:
             ValueError: for a mapping without a name, or an unknown sharing.
         """
@@ -103,7 +105,8 @@ class ActivationSpec:
         options = {"name": activation} if isinstance(activation, str) else dict(activation)
         if "name" not in options:
             raise ValueError(f'expected a name or a mapping with "name", got keys {sorted(options)}')
-        spec = cls(options.pop("name"), options.pop("sharing", "site"), options)
+        name, sharing = options.pop("name"), options.pop("sharing", "site")
+        spec = cls(name, sharing, _defaults(name) | options)
         if spec.sharing not in SHARINGS:
             raise ValueError(f"expected sharing among {', '.join(SHARINGS)}, got {spec.sharing!r}")
         return spec
@@ -113,16 +116,22 @@ class ActivationSpec:
         return build_activation(self.name, num_channels, **self.options)
 
     def mapping(self) -> dict[str, Any]:
-        """The mapping that `parse` reads, every option spelled out: what is saved must outlive a change of defaults."""
-        parameters = inspect.signature(ACTIVATIONS[self.name]).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        return {"name": self.name, "sharing": self.sharing, **defaults, **self.options}
+        """The mapping that `parse` reads."""
+        return {"name": self.name, "sharing": self.sharing, **self.options}
 
     def any_width(self) -> bool:
         """Whether the tensors have the same shapes at every width."""
         with torch.device("meta"):
             shapes = [{k: v.shape for k, v in self.build(c).state_dict().items()} for c in (8, 16)]
         return shapes[0] == shapes[1]
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """Options of an activation's constructor; none for a name that isn't known, which `build` refuses."""
+    if name not in ACTIVATIONS:
+        return {}
+    parameters = inspect.signature(ACTIVATIONS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def named_sites(model: nn.Module) -> list[tuple[str, Site]]:

@@ -89,6 +89,11 @@ class ChainConfig(Section):
         final = self.study.final if self.study else None
         if final and final.targets and (unknown := sorted(set(final.targets) - set(names))):
             raise ValueError(f"study.final.targets expected names among {', '.join(names)}, got {', '.join(unknown)}")
+        if self.study and (taken := [name for name in names if name.split("-")[0] in ("final", "standard")]):
+            raise ValueError(
+                f'expected transfer targets whose names don\'t begin with "final" or "standard", as the study\'s own '
+                f"branches do, got {', '.join(taken)}; rename it"
+            )
         if "source" in names:
             raise ValueError('expected transfer target names other than "source", which names the source; rename it')
         return self

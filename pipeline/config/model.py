@@ -21,6 +21,17 @@ class ActivationConfig(Section):
     options: Mapping[str, Option] = Field(default_factory=dict)
     """Keyword arguments of the activation, e.g. kernel_size, beta, variant for "sparta"."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, data: Any) -> Any:
+        """Give options that aren't named their defaults: a later version's defaults then can't pass for these."""
+        if not isinstance(data, Mapping) or not isinstance(options := data.get("options", {}), Mapping):
+            return data
+        name = data.get("name", cls.model_fields["name"].default)
+        if name not in ACTIVATIONS:
+            return data
+        return {**data, "options": {**ActivationSpec.parse(name).options, **options}}
+
     @model_validator(mode="after")
     def _buildable(self) -> Self:
         if self.name not in ACTIVATIONS:
@@ -32,8 +43,8 @@ class ActivationConfig(Section):
         return self
 
     def spec(self) -> dict[str, Any]:
-        """The mapping that `sparta_models.build_model(activation=...)` takes, with every option spelled out."""
-        return ActivationSpec.parse({"name": self.name, "sharing": self.sharing, **self.options}).mapping()
+        """The mapping that `sparta_models.build_model(activation=...)` takes."""
+        return {"name": self.name, "sharing": self.sharing, **self.options}
 
 
 class ArchitectureConfig(Section):

@@ -42,7 +42,6 @@ class TrainTask:
 def train_node(stage: str, branch: str, task: TrainTask) -> Node[TrainTask]:
     """The node that trains one network. How often it writes checkpoints is not its identity."""
     sections = {
-        # The activation with its defaults: a later version's default is another network.
         "model": task.model.model_dump(mode="json") | {"activation": task.model.activation.spec()},
         "augment": task.augment.model_dump(mode="json"),
         "training": task.training.model_dump(mode="json", exclude={"checkpoint"}),

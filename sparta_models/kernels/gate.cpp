@@ -74,6 +74,15 @@ void run_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w
   });
 }
 
+void check(const at::Tensor& x, const at::Tensor& w, const Optional& sharpness, const Optional& b) {
+  int64_t channels = x.size(1);
+  TORCH_CHECK((w.size(0) == 9 || w.size(0) == 25) && w.size(1) == channels, "expected weights (9 or 25, ", channels,
+              "), got ", w.sizes());
+  for (const Optional& p : {sharpness, b}) {
+    TORCH_CHECK(!p || p->numel() == channels, "expected a parameter (", channels, "), got ", p ? p->sizes() : w.sizes());
+  }
+}
+
 // Calls `work` with a T, K and Form for these inputs.
 template <typename F>
 void dispatch(const at::Tensor& x, const at::Tensor& w, const Optional& sharpness, F work) {
@@ -88,6 +97,7 @@ void dispatch(const at::Tensor& x, const at::Tensor& w, const Optional& sharpnes
 }
 
 at::Tensor forward(const at::Tensor& x, const at::Tensor& w, const Optional& sharpness, const Optional& b) {
+  check(x, w, sharpness, b);
   at::Tensor y = at::empty_like(x);
   dispatch(x, w, sharpness, [&](auto type, auto size, auto kind) {
     run_forward<typename decltype(type)::type, size(), typename decltype(kind)::type>(x, w, sharpness, b, y);
@@ -98,6 +108,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& w, const Optional& sha
 // Returns dx, and where weights are asked for the sums (threads, K * K + 2, C): taps, bias, sharpness.
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w,
                                             const Optional& sharpness, const Optional& b, bool weights) {
+  check(x, w, sharpness, b);
   at::Tensor dx = at::empty_like(x);
   at::Tensor partial = at::zeros({weights ? at::get_num_threads() : 0, w.size(0) + 2, x.size(1)}, w.options());
   float* sums = weights ? partial.mutable_data_ptr<float>() : nullptr;

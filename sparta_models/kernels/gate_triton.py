@@ -135,10 +135,7 @@ def _sums(h, x, bend, sums, positions, C, H, W, K: tl.constexpr, P: tl.constexpr
         if t < K * K:
             term *= _load(x, p, inside, c, C, H, W, t, K)
         if t == K * K + 1:
-            if bend is None:
-                term *= 0.0
-            else:
-                term = _here(bend, p, inside, c, C)
+            term = _here(bend, p, inside, c, C)
         total += tl.sum(term, axis=0)
     tl.store(sums + (chunk * (K * K + 2) + t) * C + c, total, mask=c < C)
 
@@ -158,13 +155,14 @@ def gate_backward(
     dx, h = torch.empty_like(x), torch.empty_like(x)
     bend = torch.empty_like(x) if weights and sharpness is not None else None
     blocks, groups = _grid(x)
-    chunks, rows = min(blocks, _CHUNKS) if weights else 0, len(w) + 2
-    sums = torch.empty(chunks, rows, x.shape[1], device=x.device)
+    chunks = min(blocks, _CHUNKS) if weights else 0
+    sums = torch.zeros(chunks, len(w) + 2, x.shape[1], device=x.device)
     with torch.cuda.device_of(x):
         _terms[blocks, groups](x, dy, w, sharpness, b, h, dx, bend, *_sizes(x), **_blocks(w))
         _add_transposed[blocks, groups](h, w, dx, *_sizes(x), **_blocks(w))
         if weights:
-            _sums[chunks, groups, rows](h, x, bend, sums, *_sizes(x), **_blocks(w))
+            rows = len(w) + (1 if bend is None else 2)
+            _sums[chunks, groups, rows](h, x, bend if bend is not None else h, sums, *_sizes(x), **_blocks(w))
     return dx, sums
 
 

@@ -1,5 +1,5 @@
-// One image and one group of L channels: y from x and g, a K x K correlation of x + offset, forward and backward. What y is of
-// x and g, a Form says.
+// One image and one group of L channels: y from x and g, forward and backward; g is a K x K correlation of x, plus an offset.
+// What y is of x and g, a Form says.
 //
 // The image passes through rings of K rows of floats with K / 2 zeros at each side, so that the inner loops know neither
 // borders nor storage. Storage is channels_last.

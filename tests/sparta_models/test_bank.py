@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from sparta_models import ActivationBank, build_model, frozen_parameters, sites
+from sparta_models import ActivationBank, activations, build_model, frozen_parameters, sites
 from sparta_models.files import _seal
 from sparta_models.sites import SiteInfo
 from sparta_models.transfer import match
@@ -422,6 +422,18 @@ def test_a_saved_bank_spells_out_every_option(tmp_path):
     defaults = {"variant": "smoothmax", "kernel_size": 5, "dilation": 1, "beta": 1.0, "bias": False, "init": "silu"}
     assert meta["activation"] == {"name": "sparta", "sharing": "site", **defaults}
     assert ActivationBank.load(tmp_path) == bank
+
+
+def test_a_saved_bank_outlives_an_option_that_a_later_version_adds(tmp_path, monkeypatch):
+    bank = ActivationBank.from_model(build_model("resnet8", width=4, activation="frelu"))
+    bank.save(tmp_path)
+
+    class Later(activations.ACTIVATIONS["frelu"]):
+        def __init__(self, num_channels, *, kernel_size=3, batch_norm=True, groups=1):
+            super().__init__(num_channels, kernel_size=kernel_size, batch_norm=batch_norm)
+
+    monkeypatch.setitem(activations.ACTIVATIONS, "frelu", Later)
+    assert ActivationBank.load(tmp_path).digest == bank.digest
 
 
 def put_another_shape(directory):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparta_models import ACTIVATIONS, MODELS, build_activation, build_model
+from sparta_models import ACTIVATIONS, MODELS, Sparta, build_activation, build_model
 from sparta_models.activations.sparta import VARIANTS
 
 SPECS = {name: {"name": name} for name in ACTIVATIONS} | {
@@ -20,7 +20,12 @@ SMALL = {
 
 def small(name, spec):
     torch.manual_seed(0)
-    return build_model(name, activation=spec, num_classes=3, **SMALL.get(name, {"width": 4}))
+    model = build_model(name, activation=spec, num_classes=3, **SMALL.get(name, {"width": 4}))
+    for module in model.modules():
+        if isinstance(module, Sparta):
+            # At the start the neighbours count for nothing.
+            torch.nn.init.normal_(module.gate.weight, std=0.2)
+    return model
 
 
 @pytest.mark.parametrize("activation", SPECS)

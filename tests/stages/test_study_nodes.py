@@ -100,6 +100,7 @@ def test_finalists_are_trained_once_and_judged_twice() -> None:
         ),
         ("study.contenders=[{name: a, activation: {name: nothing}}]", "unknown activation"),
         ("study.final={contenders: [mish], evaluation: {}}", "among silu, .* got mish"),
+        ("transfer=[{name: final-home, model: {name: resnet14}}]", "begin with .* got final-home"),
         ("study.final={targets: [moon], evaluation: {}}", "among deeper, digits-5-9, got moon"),
     ],
 )

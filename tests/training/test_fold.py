@@ -7,7 +7,7 @@ from torch import nn
 from pipeline.training.attacks import pgd
 from pipeline.training.fold import FoldedShadow
 from pipeline.training.network import Forward, shadow
-from sparta_models import MODELS, build_model
+from sparta_models import MODELS, Sparta, build_model
 
 
 def disturbed(model):
@@ -19,6 +19,8 @@ def disturbed(model):
             module.running_var.uniform_(0.5, 1.5, generator=generator)
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(module.bias, std=0.2, generator=generator)
+        if isinstance(module, Sparta):
+            nn.init.normal_(module.gate.weight, std=0.2, generator=generator)
     return model.train()
 
 
