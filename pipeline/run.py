@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error}; the same command goes on from here", STAGE_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", INTERRUPTED)
-    except Terminated:
+    except (Terminated, SystemError) as error:
+        # SystemError: so Ray's compiled code passes on what the handler of a signal raised while it waited.
+        if not isinstance(error, Terminated) and not isinstance(error.__cause__, Terminated):
+            raise
         return _fail("terminated; the same command goes on from here", TERMINATED)
 
 

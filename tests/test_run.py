@@ -216,6 +216,22 @@ def test_command_line_ends_with_the_exit_code_and_no_traceback(tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_a_signal_that_comes_out_of_ray_as_another_error_is_one(monkeypatch, capsys):
+    def by_signal(*_):
+        raise SystemError("a result with an exception set") from run.Terminated()
+
+    monkeypatch.setattr(run, "_run", by_signal)
+    assert run.main([]) == run.TERMINATED
+    assert capsys.readouterr().err == "sparta: terminated; the same command goes on from here\n"
+
+    def by_itself(*_):
+        raise SystemError("something else")
+
+    monkeypatch.setattr(run, "_run", by_itself)
+    with pytest.raises(SystemError, match="something else"):
+        run.main([])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_chain_says_so_and_goes_on_later(tmp_path: Path, number: signal.Signals, code: int) -> None:
     environment = {**os.environ, "SPARTA_RUNS": str(tmp_path / "runs")}

@@ -39,7 +39,11 @@ def run_tasks(
         results: dict[int, Result | Exception] = {}
         waiting = list(index)
         while waiting:
-            (ended,), waiting = ray.wait(waiting, num_returns=1)
+            try:
+                (ended,), waiting = ray.wait(waiting, num_returns=1)
+            except SystemError as error:
+                # So Ray's compiled code passes on what the handler of a signal raised while it waited.
+                raise (error.__cause__ or error) from None
             number = index[ended]
             results[number] = _outcome(ended)
             if on_done is not None:

@@ -1,7 +1,11 @@
 """Launching and searching on a real Ray, one for all tests of this file; trainings are toys unless said otherwise."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from cluster_toys import ToyJob, ToyResult, slow_trial, toy_train, toy_trial
 from pipeline.cluster import ClusterTooSmall, TrainingFailed, ensure_ray, launch, preflight
 from pipeline.cluster.launch import run_jobs
 from pipeline.cluster.sweep import SearchFailed, load_trials, search
+from pipeline.cluster.tasks import run_tasks
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import load_config, overlay
 from pipeline.config.scaling import ScalingConfig
@@ -53,6 +58,26 @@ def launched(tmp_path_factory, ray_session):
         on_progress=lambda job, e: heard.append((job.seed, e.step)),
     )
     return jobs, results, heard
+
+
+def test_what_a_signals_handler_raises_while_tasks_run_comes_out_as_it_is():
+    class Told(BaseException):
+        pass
+
+    def tell(*_):
+        raise Told
+
+    def sleep(seconds):
+        time.sleep(seconds)
+
+    before = signal.signal(signal.SIGTERM, tell)
+    timer = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        with pytest.raises(Told):
+            run_tasks(sleep, [20.0], ONE)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_results_come_in_the_order_of_the_jobs_from_workers_that_share_a_process_group(launched):
