@@ -10,6 +10,7 @@ from pipeline.config.scaling import ScalingConfig
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
+_LOOK = 0.5  # seconds that a signal may wait
 _MAX_RETRIES = 3  # of a task whose process or node died; an exception of the function itself is its result
 
 
@@ -39,15 +40,12 @@ def run_tasks(
         results: dict[int, Result | Exception] = {}
         waiting = list(index)
         while waiting:
-            try:
-                (ended,), waiting = ray.wait(waiting, num_returns=1)
-            except SystemError as error:
-                # So Ray's compiled code passes on what the handler of a signal raised while it waited.
-                raise (error.__cause__ or error) from None
-            number = index[ended]
-            results[number] = _outcome(ended)
-            if on_done is not None:
-                on_done(number)
+            ended, waiting = _wait(waiting)
+            for reference in ended:
+                number = index[reference]
+                results[number] = _outcome(reference)
+                if on_done is not None:
+                    on_done(number)
     return [results[number] for number in range(len(arguments))]
 
 
@@ -55,6 +53,18 @@ def num_task_slots(scaling: ScalingConfig) -> int:
     """How many calls run at a time, at least 1."""
     capacity = current_capacity(scaling)
     return max(1, capacity.slots(worker_bundle(scaling, capacity)))
+
+
+def _wait(references: list[Any]) -> tuple[list[Any], list[Any]]:
+    """ray.wait for a moment. What the handler of a signal raises, Ray's compiled code keeps until the wait is over, and
+    then passes on as a SystemError."""
+    import ray
+
+    try:
+        ended, waiting = ray.wait(references, num_returns=1, timeout=_LOOK)
+    except SystemError as error:
+        raise (error.__cause__ or error) from None
+    return ended, waiting
 
 
 def _outcome(reference: Any) -> Any:
