@@ -155,6 +155,11 @@ class Study(Section):
         """Rows of a group's table, in the order of the study."""
         return list(dict.fromkeys(entry.contender for entry in self.entries if entry.group == group))
 
+    def judges(self, group: str) -> str:
+        """On what, and by which attacks, a group's networks were judged."""
+        entry = next(entry for entry in self.entries if entry.group == group)
+        return f"{entry.dataset}, {entry.robust.n:,} test images; attacks: {', '.join(entry.attacks)}"
+
     def of(self, group: str, contender: str) -> list[Entry]:
         """One contender's networks, by seed."""
         found = [entry for entry in self.entries if (entry.group, entry.contender) == (group, contender)]

@@ -64,7 +64,14 @@ def markdown(study: Study) -> str:
     """Tables and comparisons as Markdown; the same text for the same study."""
     lines = [f"Robust: {study.threat}. Brackets: 95 % t interval over seeds.", ""]
     for group in study.groups:
-        lines += [f"### {group}", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+        lines += [
+            f"### {group}",
+            "",
+            f"{study.judges(group)}.",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|" + " --- |" * len(COLUMNS),
+        ]
         lines += ["| " + " | ".join(row) + " |" for row in table_rows(study, group)]
         lines += ["", *(f"- {sentence(comparison)}" for comparison in study.comparisons(group)), ""]
     return "\n".join(lines)

@@ -94,6 +94,7 @@ def test_everything_is_in_study_json(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 0 for path in files)
     again = Study.load(tmp_path / "study.json")
     assert markdown(again) == (tmp_path / "results.md").read_text() == markdown(study())
+    assert f"{N:,} test images; attacks: pgd-ce-20x1." in markdown(again)
     assert again.model_dump_json() == study().model_dump_json()
     assert (tmp_path / "results.csv").read_text().count("\n") == 13
 
