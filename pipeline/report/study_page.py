@@ -55,7 +55,7 @@ def _row(study: Study, group: str, name: str) -> tuple[str, ...]:
         interval(study.mean(group, name, "clean")),
         interval(study.mean(group, name, "robust")),
         f"{first.num_parameters:,}",
-        f"{first.training_flops / 1e15:.2f}",
+        f"{first.training_flops / 1e15:.3g}",
         "; ".join(failed) or first.audit,
     )
 

@@ -1,0 +1,79 @@
+"""The committed study is where every figure of README, docs/results.md and the shipped banks comes from."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from sparta_models import ActivationBank, build_model, pretrained_banks
+from sparta_models.bank import PRETRAINED
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("results", ROOT / "infra" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("path", "block"), [("README.md", "short"), ("docs/results.md", "whole")])
+def test_quoted_figures_are_those_of_the_study(path: str, block: str, results: ModuleType) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    assert results.updated(text, getattr(results, block)(results.study())) == text, "run: python infra/results.py"
+
+
+def test_an_altered_figure_is_noticed(results: ModuleType) -> None:
+    found = results.study()
+    entry = found.entries[0]
+    clean = entry.clean.model_copy(update={"value": entry.clean.value + 0.2})
+    altered = found.model_copy(update={"entries": (entry.model_copy(update={"clean": clean}), *found.entries[1:])})
+    assert results.whole(altered) != results.whole(found)
+    assert results.short(altered) != results.short(found)
+
+
+def test_the_prose_around_the_results_quotes_no_figure_of_its_own(results: ModuleType) -> None:
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    prose = text[: text.index(results.BEGIN)] + text[text.index(results.END) :]
+    assert re.findall(r"\d+\.\d+ (?:points|%)", prose) == []
+
+
+def test_the_studys_own_tables_are_made_of_its_record(results: ModuleType) -> None:
+    assert (ROOT / "results" / "results.md").read_text(encoding="utf-8") == results.markdown(results.study())
+
+
+def test_accuracies_are_those_of_the_images(results: ModuleType) -> None:
+    for entry in results.study().entries:
+        for what in ("clean", "robust"):
+            assert entry.correct(what).sum() == entry.accuracy(what).correct
+            assert entry.accuracy(what).value == entry.accuracy(what).correct / entry.accuracy(what).n
+        assert not (entry.correct_robust & ~entry.correct_clean).any()
+
+
+@pytest.mark.parametrize("name", pretrained_banks())
+def test_a_shipped_bank_is_the_studys_and_can_be_applied(name: str, results: ModuleType) -> None:
+    bank, found = ActivationBank.pretrained(name), results.study()
+    entries = [e for e in found.entries if e.role == "main" and e.trained == bank.source["training"]]
+    assert entries
+    assert {e.weights_sha256 for e in entries} == {bank.source["weights_sha256"]}
+    written = (PRETRAINED / name / results.CARD).read_text(encoding="utf-8")
+    assert written == results.card(name, entries, found.threat)
+    network = bank.apply_to(build_model("resnet14", width=16, activation="relu"))
+    assert network(torch.rand(2, 3, 32, 32)).isfinite().all()
+    assert not any(p.requires_grad for site in network.modules() if hasattr(site, "gate") for p in site.parameters())
+
+
+def test_a_bank_ships() -> None:
+    assert pretrained_banks()
+
+
+def test_an_unknown_bank_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match=f"expected a name among {pretrained_banks()[0]}.*, got 'none'"):
+        ActivationBank.pretrained("none")
