@@ -1,13 +1,13 @@
 """Write what README and docs/results.md quote from the study in results/; a test compares, so no figure can go stale.
 
     python infra/results.py                              # after `make study`
-    python infra/results.py --ship NAME SEED RUNS        # and ship that seed's activation as a pretrained bank
+    python infra/results.py --ship NAME RUNS             # and ship its best activation as a pretrained bank
 
-RUNS is the folder of the study's chain, e.g. runs/study. A shipped bank's card is made of the study's figures too.
+The best is that of the seed with the highest robust accuracy on validation images. RUNS is the folder of the study's
+chain, e.g. runs/study. A shipped bank's card is made of the study's figures too.
 """
 
 import argparse
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.report.study import Entry, Study  # noqa: E402
-from pipeline.report.study_page import COLUMNS, markdown, sentence, table_rows  # noqa: E402
+from pipeline.report.study_page import COLUMNS, grid, markdown, sentence, table_rows  # noqa: E402
 from sparta_models import ActivationBank  # noqa: E402
 from sparta_models.bank import PRETRAINED  # noqa: E402
 
@@ -32,12 +32,12 @@ def study() -> Study:
 
 def whole(found: Study) -> str:
     """For docs/results.md: all tables and comparisons, and what every row was trained and judged as."""
-    lines = [markdown(found), "### Where the figures come from", ""]
-    lines += ["| group | contender | seed | training | evaluation | weights |", "|" + " --- |" * 6]
-    for entry in found.entries:
-        prints = (entry.trained[:12], entry.evaluated[:12], entry.weights_sha256[:12])
-        lines.append(f"| {entry.group} | {entry.contender} | {entry.seed} | {' | '.join(f'`{p}`' for p in prints)} |")
-    return "\n".join(lines)
+    rows = [
+        (e.group, e.contender, str(e.seed), *(f"`{p[:12]}`" for p in (e.trained, e.evaluated, e.weights_sha256)))
+        for e in found.entries
+    ]
+    prints = grid(("group", "contender", "seed", "training", "evaluation", "weights"), rows)
+    return "\n".join([markdown(found), "### Where the figures come from", "", *prints])
 
 
 def short(found: Study) -> str:
@@ -45,9 +45,8 @@ def short(found: Study) -> str:
     keep = [COLUMNS.index(name) for name in ("contender", "activation", "clean %", "robust %", "audit")]
     lines = []
     for group in [g for g in found.groups if g == found.groups[0] or g.endswith(FINALISTS)]:
-        lines += [f"*{group}*, {found.judges(group)}:", ""]
-        lines += ["| " + " | ".join(COLUMNS[i] for i in keep) + " |", "|" + " --- |" * len(keep)]
-        lines += ["| " + " | ".join(row[i] for i in keep) + " |" for row in table_rows(found, group)]
+        header, *rows = ([row[i] for i in keep] for row in (COLUMNS, *table_rows(found, group)))
+        lines += [f"*{group}*, {found.judges(group)}:", "", *grid(header, rows)]
         lines += ["", *(f"- {sentence(comparison)}" for comparison in found.comparisons(group)), ""]
     return "\n".join(lines).rstrip()
 
@@ -62,7 +61,7 @@ def card(name: str, entries: list[Entry], threat: str) -> str:
     """What a shipped bank is, what its network reached, and what it is not."""
     first = entries[0]
     trained_against, _, _ = threat.partition(";")
-    rows = [f"| {e.group} | {e.clean} | {e.robust} | {e.audit} | `{e.evaluated[:12]}` |" for e in entries]
+    rows = [(e.group, str(e.clean), str(e.robust), e.audit, f"`{e.evaluated[:12]}`") for e in entries]
     return "\n".join(
         [
             f"# {name}",
@@ -79,9 +78,7 @@ def card(name: str, entries: list[Entry], threat: str) -> str:
             "",
             "What the network that it was trained in reached on test images:",
             "",
-            "| judged in | clean % | robust % | audit | evaluation |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
+            *grid(("judged in", "clean %", "robust %", "audit", "evaluation"), rows),
             "",
             f"Training `{first.trained[:12]}`, weights `{first.weights_sha256[:12]}`.",
             "",
@@ -93,20 +90,20 @@ def card(name: str, entries: list[Entry], threat: str) -> str:
     )
 
 
-def ship(name: str, seed: int, runs: Path) -> None:
-    """Save the activation of the study's network of a seed, with its card."""
+def ship(name: str, runs: Path) -> None:
+    """Save the activation of the study's best source network, with its card."""
     from pipeline.training import load_model
 
     found = study()
-    entries = [e for e in found.entries if e.role == "main" and e.seed == seed and e.frozen_digest is None]
-    entries = [e for e in entries if e.trained == entries[0].trained]
-    folder = runs / "pretrain" / f"sparta-s{seed}"
+    best = max(found.of(found.groups[0], "sparta"), key=lambda e: e.val_robust)
+    entries = [e for e in found.entries if e.trained == best.trained]
+    folder = runs / "pretrain" / f"sparta-s{best.seed}"
     network = load_model(folder / (folder / "current.txt").read_text().strip() / "model")
     source = {
-        "dataset": entries[0].dataset,
+        "dataset": best.dataset,
         "threat_model": found.threat.partition(";")[0],
-        "training": entries[0].trained,
-        "weights_sha256": entries[0].weights_sha256,
+        "training": best.trained,
+        "weights_sha256": best.weights_sha256,
     }
     shutil.rmtree(PRETRAINED / name, ignore_errors=True)
     ActivationBank.from_model(network, source=source).save(PRETRAINED / name)
@@ -116,15 +113,13 @@ def ship(name: str, seed: int, runs: Path) -> None:
 def main() -> None:
     """Write the blocks, and ship a bank where one is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ship", nargs=3, metavar=("NAME", "SEED", "RUNS"))
+    parser.add_argument("--ship", nargs=2, metavar=("NAME", "RUNS"))
     args = parser.parse_args()
     found = study()
     for path, block in ((ROOT / "README.md", short(found)), (ROOT / "docs" / "results.md", whole(found))):
         path.write_text(updated(path.read_text(encoding="utf-8"), block), encoding="utf-8")
     if args.ship:
-        ship(args.ship[0], int(args.ship[1]), Path(args.ship[2]))
-    # Spaces at the ends of lines would be taken away by an editor, and the test would fail.
-    assert not re.search(r"[ \t]+$", whole(found), re.MULTILINE)
+        ship(args.ship[0], Path(args.ship[1]))
 
 
 if __name__ == "__main__":

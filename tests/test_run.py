@@ -215,16 +215,17 @@ def test_command_line_ends_with_the_exit_code_and_no_traceback(tmp_path: Path) -
     assert "training.epochs" in ended.stderr
 
 
-@pytest.mark.slow
-def test_a_signal_that_comes_out_of_ray_as_another_error_is_one(monkeypatch, capsys):
-    def by_signal(*_):
+def test_a_signal_that_comes_out_of_ray_as_another_error_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def by_signal(*_: object) -> None:
         raise SystemError("a result with an exception set") from run.Terminated()
 
     monkeypatch.setattr(run, "_run", by_signal)
     assert run.main([]) == run.TERMINATED
     assert capsys.readouterr().err == "sparta: terminated; the same command goes on from here\n"
 
-    def by_itself(*_):
+    def by_itself(*_: object) -> None:
         raise SystemError("something else")
 
     monkeypatch.setattr(run, "_run", by_itself)
@@ -232,6 +233,7 @@ def test_a_signal_that_comes_out_of_ray_as_another_error_is_one(monkeypatch, cap
         run.main([])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_chain_says_so_and_goes_on_later(tmp_path: Path, number: signal.Signals, code: int) -> None:
     environment = {**os.environ, "SPARTA_RUNS": str(tmp_path / "runs")}

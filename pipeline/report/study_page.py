@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -64,17 +64,14 @@ def markdown(study: Study) -> str:
     """Tables and comparisons as Markdown; the same text for the same study."""
     lines = [f"Robust: {study.threat}. Brackets: 95 % t interval over seeds.", ""]
     for group in study.groups:
-        lines += [
-            f"### {group}",
-            "",
-            f"{study.judges(group)}.",
-            "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|" + " --- |" * len(COLUMNS),
-        ]
-        lines += ["| " + " | ".join(row) + " |" for row in table_rows(study, group)]
+        lines += [f"### {group}", "", f"{study.judges(group)}.", "", *grid(COLUMNS, table_rows(study, group))]
         lines += ["", *(f"- {sentence(comparison)}" for comparison in study.comparisons(group)), ""]
     return "\n".join(lines)
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table, line by line."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def sentence(comparison: Comparison) -> str:

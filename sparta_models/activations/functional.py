@@ -110,7 +110,7 @@ def _by_kernel(operators: Any, dy: Tensor, inputs: _Inputs, needs: Sequence[bool
 def _by_operators(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: int) -> list[Tensor | None]:
     x, weight, sharpness, bias = inputs
     g = correlate(x, weight, bias, dilation)
-    direct, h, of_sharpness = _terms(dy, x, g, sharpness)
+    direct, h, of_sharpness = _terms(dy, x, g, sharpness, needs[2])
     padding, channels = dilation * (weight.shape[-1] // 2), x.shape[1]
     # Arguments: bias sizes, stride, padding, dilation, transposed, output padding, groups, what is asked for.
     place = ([channels], [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], channels, [*needs[:2], needs[3]])
@@ -118,22 +118,24 @@ def _by_operators(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: 
     return [
         dx.add_(direct) if needs[0] else None,
         dw.to(weight.dtype) if needs[1] else None,
-        of_sharpness.sum((0, 2, 3)).to(sharpness.dtype) if sharpness is not None and needs[2] else None,
+        of_sharpness,
         db.to(bias.dtype) if bias is not None and needs[3] else None,
     ]
 
 
-def _terms(dy: Tensor, x: Tensor, g: Tensor, sharpness: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """dy times the derivatives of y by x alone, by g, and by the sharpness; (B, C, H, W)."""
+def _terms(
+    dy: Tensor, x: Tensor, g: Tensor, sharpness: Tensor | None, learns: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dy times the derivatives of y by x alone and by g (B, C, H, W); the sharpness's gradient (C,) if it `learns`."""
     if sharpness is None:
         s = torch.sigmoid(g)
         through = dy * s
-        return through, through * x * (1 - s), torch.empty(0)
+        return through, through * x * (1 - s), None
     d, b = x - g, sharpness.to(x.dtype)[:, None, None]
     s = torch.sigmoid(b * d)
     slope = d * s * (1 - s)
     direct = dy * (s + b * slope)
-    return direct, dy - direct, dy * d * slope
+    return direct, dy - direct, (dy * d * slope).sum((0, 2, 3)).to(sharpness.dtype) if learns else None
 
 
 def own_precision(x: Tensor) -> AbstractContextManager[object]:

@@ -7,7 +7,6 @@
 // Weights come as (K * K, C). Arithmetic is float32 whatever the storage (float32 or bfloat16).
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

@@ -1,6 +1,5 @@
 """The audit of packages finds what it is there to find."""
 
-import importlib.util
 import sys
 import tomllib
 from pathlib import Path
@@ -8,17 +7,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from tests.infra.conftest import script
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def audit() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("audit", ROOT / "infra" / "audit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("audit")
 
 
 def package(version: str, *requires: str, url: str | None = None) -> SimpleNamespace:

@@ -1,13 +1,14 @@
 """The repository as a whole: what the README says is so, imports go one way, nothing is unpickled."""
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.infra.conftest import script
 
 ROOT = Path(__file__).parents[2]
 MODULES = [
@@ -93,11 +94,7 @@ def test_nothing_is_unpickled_but_what_a_process_gets_from_its_own_parent() -> N
 
 
 def test_readme_tree_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("tree", ROOT / "infra" / "tree.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tree = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tree)
+    tree = script("tree")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tree.updated(readme) == readme, "run: python infra/tree.py"
 

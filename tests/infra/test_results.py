@@ -1,8 +1,6 @@
 """The committed study is where every figure of README, docs/results.md and the shipped banks comes from."""
 
-import importlib.util
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,18 +8,12 @@ import torch
 
 from sparta_models import ActivationBank, build_model, pretrained_banks
 from sparta_models.bank import PRETRAINED
-
-ROOT = Path(__file__).parents[2]
+from tests.infra.conftest import ROOT, script
 
 
 @pytest.fixture(scope="module")
 def results() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results", ROOT / "infra" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("results")
 
 
 @pytest.mark.parametrize(("path", "block"), [("README.md", "short"), ("docs/results.md", "whole")])
