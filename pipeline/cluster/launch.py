@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel
 
 from pipeline.cluster.capacity import Capacity, connected, preflight, uses_gpu, worker_bundle
+from pipeline.cluster.orphans import freeing_orphans
 from pipeline.cluster.outcome import Outcome, clear_stop, failed, load_outcome, request_stop, stop_requested, stopped
 from pipeline.cluster.session import cluster_address, ensure_ray, start_thread
 from pipeline.cluster.worker import Job, Train, Work, run_work
@@ -87,7 +88,7 @@ def run_jobs(
     with ensure_ray(scaling):
         capacity = preflight(scaling)
         groups = [Work(run, share, train) for share in _shares(jobs, scaling, capacity)]
-        with _running(groups, scaling, capacity) as alive:
+        with freeing_orphans(), _running(groups, scaling, capacity) as alive:
             _follow(jobs, alive, on_progress)
     return [_result(job, run, result_type) for job in jobs]
 
@@ -209,25 +210,14 @@ def _trainer_class() -> Any:
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    if has_dashboard():
-        return TorchTrainer
-
     class WithoutCleaner(TorchTrainer):  # type: ignore[misc]
-        """The cleaner asks the dashboard's API who is alive. Without one it only warns, every second."""
+        """The cleaner may ask a dashboard that is not there, or another Ray's; see orphans.py."""
 
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     return WithoutCleaner
-
-
-def has_dashboard() -> bool:
-    """Whether the Ray that this process is connected to has its dashboard, whose API says who is alive."""
-    from ray._private import worker
-
-    node = worker._global_node  # no public way to ask; None inside a worker of the cluster
-    return node is None or bool(node.webui_url)
 
 
 def _result(job: Job, run: str, result_type: type[Result]) -> "Result | TrainingFailed | TrainingStopped":

@@ -24,13 +24,12 @@ class _RayThread(threading.Thread):
 
 
 @contextmanager
-def ensure_ray(scaling: ScalingConfig, *, dashboard: bool = False) -> Iterator[None]:
+def ensure_ray(scaling: ScalingConfig) -> Iterator[None]:
     """Be connected to a Ray inside the block.
 
     A Ray that is already connected is used and left alone. `scaling.address`, or RAY_ADDRESS, which Ray sets inside a
     submitted job, names a cluster to join. Otherwise a Ray of its own is started on this machine, bound to it, and
-    stopped at the end. `dashboard` is needed where trainings nest inside a search: without it Ray never frees the
-    resources of a stopped trial.
+    stopped at the end.
 
     Raises ConnectionError when the named cluster does not answer.
     """
@@ -44,7 +43,7 @@ def ensure_ray(scaling: ScalingConfig, *, dashboard: bool = False) -> Iterator[N
         if address := cluster_address(scaling):
             _join(address)
         else:
-            _start(scaling, dashboard)
+            _start(scaling)
     try:
         yield
     finally:
@@ -118,7 +117,7 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _start(scaling: ScalingConfig, dashboard: bool) -> None:
+def _start(scaling: ScalingConfig) -> None:
     import ray
 
     if others := _running_instances():
@@ -133,8 +132,7 @@ def _start(scaling: ScalingConfig, dashboard: bool) -> None:
         address="local",
         num_cpus=scaling.num_cpus,
         object_store_memory=scaling.object_store_mb * 1_000_000,
-        include_dashboard=dashboard,
-        dashboard_host="127.0.0.1",
+        include_dashboard=False,
         logging_level="WARNING",
         log_to_driver=False,  # people are shown the journals' entries instead, in order and by name
     )

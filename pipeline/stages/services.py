@@ -62,7 +62,7 @@ class Services:
             ConnectionError: when a cluster was named and does not answer.
         """
         if not self._has_ray:
-            self._ray.enter_context(ensure_ray(self.config.scaling, dashboard=self.config.search.enabled))
+            self._ray.enter_context(ensure_ray(self.config.scaling))
             preflight(self.config.scaling)
             self._has_ray = True
 

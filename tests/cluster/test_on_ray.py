@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from cluster_toys import ToyJob, ToyResult, slow_trial, toy_train, toy_trial
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from pipeline.cluster import ClusterTooSmall, TrainingFailed, ensure_ray, launch, preflight
 from pipeline.cluster.launch import run_jobs
+from pipeline.cluster.orphans import free_orphans, freeing_orphans
 from pipeline.cluster.sweep import SearchFailed, load_trials, search
 from pipeline.cluster.tasks import run_tasks
 from pipeline.config.chain import ChainConfig
@@ -39,7 +42,7 @@ training.eps_warmup_epochs: {choice: [0.0, 1.0]}
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session(_workers_find_the_toys):
-    with ensure_ray(SCALING, dashboard=True):
+    with ensure_ray(SCALING):
         yield
 
 
@@ -240,6 +243,26 @@ def test_trials_of_two_workers_nest_a_training_and_do_not_block_each_other_thoug
     assert last.history, "the workers of the stopped trial are free again"
     outcome = (tmp_path / "out" / found.best.job_directory / "outcome.json").read_text()
     assert '"world_size": 2' in outcome
+
+
+def test_what_a_dead_actor_had_reserved_is_freed_and_nothing_else():
+    class Controller:
+        def reserve(self) -> bool:
+            return placement_group([{"CPU": 1}]).wait(60)
+
+    driver = placement_group([{"CPU": 1}])
+    assert driver.wait(60)
+    controller = ray.remote(num_cpus=0)(Controller).remote()
+    assert ray.get(controller.reserve.remote())
+    assert free_orphans() == 0, "its owner lives"
+    ray.kill(controller)
+    with freeing_orphans():
+        waiting = placement_group([{"CPU": 1}])
+        assert waiting.wait(60), "both CPUs are still reserved"
+    assert free_orphans() == 0
+    for group in (waiting, driver):
+        assert placement_group_table(group)["state"] == "CREATED"
+        remove_placement_group(group)
 
 
 def test_trials_that_are_too_big_for_the_cluster_are_refused(tmp_path: Path):

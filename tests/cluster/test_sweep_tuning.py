@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from sweep_records import make_board
 
-from pipeline.cluster import Capacity, ClusterTooSmall
-from pipeline.cluster.sweep import load_trials, tuning
+from pipeline.cluster import Capacity
+from pipeline.cluster.sweep import load_trials
 from pipeline.cluster.sweep.trainable import Sweep
-from pipeline.cluster.sweep.tuning import _callback, _concurrent, _resources, refuse_without_dashboard
+from pipeline.cluster.sweep.tuning import _callback, _concurrent, _resources
 from pipeline.config.load import load_config
 from pipeline.config.scaling import ScalingConfig
 
@@ -41,15 +41,6 @@ def test_the_process_of_a_trial_of_several_workers_takes_no_cpu_from_them():
     assert nested.pop("CPU") == 0
     assert nested, "Tune wants something reserved"
     assert not {"GPU"} & set(nested)
-
-
-def test_trials_of_several_workers_are_refused_where_ray_has_no_dashboard(monkeypatch):
-    monkeypatch.setattr(tuning, "has_dashboard", lambda: False)
-    refuse_without_dashboard(ScalingConfig(num_workers=1))
-    with pytest.raises(ClusterTooSmall, match=r"2 workers needs Ray's dashboard.*search\.num_workers=1"):
-        refuse_without_dashboard(ScalingConfig(num_workers=2))
-    monkeypatch.setattr(tuning, "has_dashboard", lambda: True)
-    refuse_without_dashboard(ScalingConfig(num_workers=2))
 
 
 def test_a_trial_whose_process_dies_before_it_started_is_recorded_as_failed(tmp_path: Path):

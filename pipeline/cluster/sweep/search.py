@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import fingerprint
-from pipeline.cluster.capacity import ClusterTooSmall, connected, preflight
+from pipeline.cluster.capacity import ClusterTooSmall, preflight
 from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.sweep.adopt import without_lost_legs
 from pipeline.cluster.sweep.board import Board, OnTrial
@@ -19,7 +19,7 @@ from pipeline.cluster.sweep.space import check_space, judged, trial_config
 from pipeline.cluster.sweep.table import Table
 from pipeline.cluster.sweep.trainable import Sweep
 from pipeline.cluster.sweep.trials import Trial, load_trials, pareto_front
-from pipeline.cluster.sweep.tuning import refuse_without_dashboard, run_sweep
+from pipeline.cluster.sweep.tuning import run_sweep
 from pipeline.cluster.worker import Train
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError
@@ -77,7 +77,7 @@ def search(
     if board.num_left:
         if cluster_address(scaling) is None:
             preflight_trial(base)
-        with ensure_ray(scaling, dashboard=scaling.max_workers > 1), table:
+        with ensure_ray(scaling), table:
             run_sweep(sweep, space, board)
     return _result(base, list(board.trials.values()), output)
 
@@ -89,8 +89,6 @@ def preflight_trial(base: ChainConfig) -> None:
         preflight(scaling)
     except ClusterTooSmall as error:
         raise ClusterTooSmall(str(error).replace("scaling.num_workers", "search.num_workers")) from None
-    if connected():
-        refuse_without_dashboard(scaling)
 
 
 def _trial_scaling(base: ChainConfig) -> ScalingConfig:

@@ -7,14 +7,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.cluster.capacity import Capacity, ClusterTooSmall, preflight, worker_bundle
-from pipeline.cluster.launch import has_dashboard
+from pipeline.cluster.capacity import Capacity, preflight, worker_bundle
+from pipeline.cluster.orphans import freeing_orphans
 from pipeline.cluster.sweep.asha import asha
 from pipeline.cluster.sweep.board import Board
 from pipeline.cluster.sweep.pbt import num_checkpoints, pbt
 from pipeline.cluster.sweep.trainable import Sweep, run_trial
 from pipeline.cluster.sweep.trials import Point, Trial
-from pipeline.config.scaling import ScalingConfig
 from tune_spaces import Space
 
 _DRIVER = 1 << 28
@@ -24,13 +23,12 @@ _DRIVER = 1 << 28
 def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
     """Run the trials that the board has left; returns when all are settled. Ray must be connected.
 
-    Raises ClusterTooSmall when the cluster can never hold one trial, or none of several workers to its end.
+    Raises ClusterTooSmall when the cluster can never hold one trial.
     """
     _set_environment()
     from ray import tune
 
     capacity = preflight(sweep.scaling)
-    refuse_without_dashboard(sweep.scaling)
     # A population is there from the start; otherwise every trial is chosen when there is room for it.
     members = list(iter(board.next, None)) if sweep.perturbs else None
     if members == []:
@@ -57,7 +55,8 @@ def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
             verbose=0,
         ),
     )
-    tuner.fit()
+    with freeing_orphans():
+        tuner.fit()
     shutil.rmtree(sweep.root / "ray", ignore_errors=True)
 
 
@@ -70,16 +69,6 @@ def _set_environment() -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-
-
-def refuse_without_dashboard(scaling: ScalingConfig) -> None:
-    """Raise ClusterTooSmall for trials of several workers on a Ray that would never take their resources back."""
-    if scaling.max_workers > 1 and not has_dashboard():
-        raise ClusterTooSmall(
-            f"a trial of {scaling.max_workers} workers needs Ray's dashboard, which this cluster runs without: the "
-            "resources of a trial that is stopped would stay taken; start the cluster with its dashboard, or set "
-            "search.num_workers=1"
-        )
 
 
 def _resources(sweep: Sweep, capacity: Capacity) -> dict[str, float]:
