@@ -31,11 +31,9 @@ format: setup-dev      ## rewrite in the house format
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-# The tables and pictures of a study are copied to where the documentation quotes them.
 study: setup           ## the evidence: every activation, every seed (SPARTA_DATA names the folder with the images); about a day on 2 cores
-	@$(PY) -m pipeline.run study && mkdir -p results && cd runs/study/report/study/$$(cat runs/study/report/study/current.txt) && \
-		cp study* results* $(CURDIR)/results/
-	@$(PY) infra/results.py
+	@$(PY) -m pipeline.run study
+	@$(PY) infra/results.py --add runs/study
 
 study-quick: setup     ## the same tables on embedded digits, in minutes
 	@$(PY) -m pipeline.run study_quick

@@ -1,10 +1,12 @@
 """Write what README and docs/results.md quote from the study in results/; a test compares, so no figure can go stale.
 
-    python infra/results.py                              # after `make study`
-    python infra/results.py --ship NAME RUNS             # and ship its best activation as a pretrained bank
+    python infra/results.py --add RUNS                   # after `make study`, or a part of it, in the folder RUNS
+    python infra/results.py --ship NAME RUNS             # ship its best activation as a pretrained bank
+    python infra/results.py                              # only write the quotations again
 
-The best is that of the seed with the highest robust accuracy on validation images. RUNS is the folder of the study's
-chain, e.g. runs/study. A shipped bank's card is made of the study's figures too.
+RUNS is the folder of the study's chain, e.g. runs/study. A network that results/ has already must have been trained and
+judged in the same way, and is kept: delete results/ to begin anew. The best activation is that of the seed with the
+highest robust accuracy on validation images. A shipped bank's card is made of the study's figures too.
 """
 
 import argparse
@@ -16,10 +18,19 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.report.study import Entry, Study  # noqa: E402
-from pipeline.report.study_page import COLUMNS, grid, markdown, sentence, table_rows  # noqa: E402
+from pipeline.report.study_page import (  # noqa: E402
+    COLUMNS,
+    RECORD,
+    grid,
+    markdown,
+    sentence,
+    table_rows,
+    write_study,
+)
 from sparta_models import ActivationBank  # noqa: E402
 from sparta_models.bank import PRETRAINED  # noqa: E402
 
+RESULTS = ROOT / "results"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 FINALISTS = ": finalists"
 CARD = "card.md"
@@ -27,7 +38,22 @@ CARD = "card.md"
 
 def study() -> Study:
     """The study whose files lie in results/."""
-    return Study.load(ROOT / "results" / "study.json")
+    return Study.load(RESULTS / RECORD)
+
+
+def add(runs: Path) -> None:
+    """Put the networks of a finished study, or of a part of it, into results/."""
+    folder = runs / "report" / "study"
+    part = Study.load(folder / (folder / "current.txt").read_text().strip() / RECORD)
+    known = study() if (RESULTS / RECORD).exists() else None
+    write_study(known.joined(part) if known else part, RESULTS)
+    if known:
+        weights = {entry.key: entry.weights_sha256 for entry in known.entries}
+        again = [entry for entry in part.entries if entry.key in weights]
+        same = sum(weights[entry.key] == entry.weights_sha256 for entry in again)
+        print(
+            f"{len(part.entries) - len(again)} networks added; {same} of {len(again)} known ones had the same weights"
+        )
 
 
 def whole(found: Study) -> str:
@@ -111,10 +137,13 @@ def ship(name: str, runs: Path) -> None:
 
 
 def main() -> None:
-    """Write the blocks, and ship a bank where one is asked for."""
+    """Take a study in, ship a bank, and write the blocks, as asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", type=Path, metavar="RUNS")
     parser.add_argument("--ship", nargs=2, metavar=("NAME", "RUNS"))
     args = parser.parse_args()
+    if args.add:
+        add(args.add)
     found = study()
     for path, block in ((ROOT / "README.md", short(found)), (ROOT / "docs" / "results.md", whole(found))):
         path.write_text(updated(path.read_text(encoding="utf-8"), block), encoding="utf-8")

@@ -90,6 +90,11 @@ class Entry(Section):
     correct_robust: PackedCorrect
     """(N,) test images that no attack fooled."""
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What is there once in a study."""
+        return self.group, self.contender, self.seed
+
     def correct(self, what: What) -> Correct:
         """(N,) which test images were right, clean or under every attack."""
         return self.correct_clean if what == "clean" else self.correct_robust
@@ -207,6 +212,27 @@ class Study(Section):
             for name in against
             for what in whats
         ]
+
+    def joined(self, part: Self) -> Self:
+        """This study with the networks that only `part` has; those of both stay as they are here.
+
+        Raises:
+            ValueError: when a network of both was trained or judged in another way, or a group has other judges.
+        """
+        mine = {entry.key: entry for entry in self.entries}
+        for entry in part.entries:
+            known = mine.get(entry.key, entry)
+            ours, theirs = ((e.trained[:12], e.evaluated[:12]) for e in (known, entry))
+            if ours != theirs:
+                raise ValueError(
+                    f"expected {' '.join(map(str, entry.key))} to be trained and evaluated as {ours}, got {theirs}; "
+                    "parts of one study share code and configuration"
+                )
+        for group in set(self.groups) & set(part.groups):
+            if self.judges(group) != part.judges(group):
+                raise ValueError(f"expected {group} to be judged on {self.judges(group)}, got {part.judges(group)}")
+        added = [entry for entry in part.entries if entry.key not in mine]
+        return self.model_copy(update={"entries": (*self.entries, *added)})
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -111,3 +111,35 @@ def test_altered_bits_are_refused() -> None:
     text = study().model_dump_json().replace("40:", "90:", 1)
     with pytest.raises(ValueError, match="packed bits"):
         Study.model_validate_json(text)
+
+
+def test_parts_of_a_study_are_joined() -> None:
+    whole = study()
+    parts = [
+        whole.model_copy(update={"entries": tuple(e for e in whole.entries if e.contender in names)})
+        for names in (("strong",), ("sparta", "control"), ("strong", "weak"))
+    ]
+    joined = parts[0].joined(parts[1]).joined(parts[2])
+    assert joined.contenders("home") == ["strong", "sparta", "control", "weak"]
+    assert joined.comparisons("home") == whole.comparisons("home")
+
+
+def test_a_network_of_both_parts_is_kept_as_it_was() -> None:
+    whole = study()
+    again = [e.model_copy(update={"weights_sha256": "of another machine"}) for e in whole.entries]
+    assert whole.joined(whole.model_copy(update={"entries": tuple(again)})) == whole
+
+
+@pytest.mark.parametrize("what", ["trained", "evaluated"])
+def test_a_part_whose_networks_were_made_in_another_way_is_refused(what: str) -> None:
+    whole = study()
+    other = whole.entries[0].model_copy(update={what: "f" * 64})
+    with pytest.raises(ValueError, match=r"expected .* to be trained and evaluated as .*, got .*ffff"):
+        whole.joined(whole.model_copy(update={"entries": (other,)}))
+
+
+def test_a_part_with_other_judges_is_refused() -> None:
+    whole = study()
+    other = whole.entries[0].model_copy(update={"contender": "new", "attacks": {"weak": 0.5}})
+    with pytest.raises(ValueError, match=r"expected .* to be judged on .*, got .*weak"):
+        whole.joined(whole.model_copy(update={"entries": (other,)}))
