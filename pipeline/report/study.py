@@ -65,6 +65,8 @@ class Entry(Section):
     """Floating-point operations of the whole training."""
     epochs: int
     """Epochs that were run."""
+    precision: str
+    """Arithmetic of the training, "fp32" or "bf16"; evaluations are always in float32."""
     val_clean: float
     """On the validation split, at the epoch that was kept."""
     val_robust: float
@@ -161,9 +163,12 @@ class Study(Section):
         return list(dict.fromkeys(entry.contender for entry in self.entries if entry.group == group))
 
     def judges(self, group: str) -> str:
-        """On what, and by which attacks, a group's networks were judged."""
-        entry = next(entry for entry in self.entries if entry.group == group)
-        return f"{entry.dataset}, {entry.robust.n:,} test images; attacks: {', '.join(entry.attacks)}"
+        """In what arithmetic a group's networks were trained, and on what and by which attacks they were judged."""
+        entries = [entry for entry in self.entries if entry.group == group]
+        precisions = " and ".join(sorted({entry.precision for entry in entries}))
+        first = entries[0]
+        judged = f"{first.dataset}, {first.robust.n:,} test images; attacks: {', '.join(first.attacks)}"
+        return f"{judged}; trained in {precisions}"
 
     def of(self, group: str, contender: str) -> list[Entry]:
         """One contender's networks, by seed."""

@@ -221,6 +221,7 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         num_parameters=sum(p.numel() for p in load_model(trained.directory / "model").parameters()),
         training_flops=record.flops_per_step * steps * record.epochs,
         epochs=record.epochs,
+        precision=record.precision,
         val_clean=record.val_clean,
         val_robust=record.val_robust,
         clean=evaluation.clean,

@@ -26,6 +26,7 @@ def entry(contender: str, seed: int, num_robust: int, *, role: Role = "other", g
         num_parameters=1234,
         training_flops=2e15,
         epochs=3,
+        precision="bf16",
         val_clean=0.9,
         val_robust=0.5,
         clean=Accuracy.of(36, N),
@@ -94,7 +95,7 @@ def test_everything_is_in_study_json(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 0 for path in files)
     again = Study.load(tmp_path / "study.json")
     assert markdown(again) == (tmp_path / "results.md").read_text() == markdown(study())
-    assert f"{N:,} test images; attacks: pgd-ce-20x1." in markdown(again)
+    assert f"{N:,} test images; attacks: pgd-ce-20x1; trained in bf16." in markdown(again)
     assert again.model_dump_json() == study().model_dump_json()
     assert (tmp_path / "results.csv").read_text().count("\n") == 13
 
@@ -138,8 +139,9 @@ def test_a_part_whose_networks_were_made_in_another_way_is_refused(what: str) ->
         whole.joined(whole.model_copy(update={"entries": (other,)}))
 
 
-def test_a_part_with_other_judges_is_refused() -> None:
+@pytest.mark.parametrize(("what", "value"), [("attacks", {"weak": 0.5}), ("precision", "fp32"), ("dataset", "other")])
+def test_a_part_that_cannot_be_compared_is_refused(what: str, value: object) -> None:
     whole = study()
-    other = whole.entries[0].model_copy(update={"contender": "new", "attacks": {"weak": 0.5}})
-    with pytest.raises(ValueError, match=r"expected .* to be judged on .*, got .*weak"):
+    other = whole.entries[0].model_copy(update={"contender": "new", what: value})
+    with pytest.raises(ValueError, match=r"expected .* to be judged on .*, got"):
         whole.joined(whole.model_copy(update={"entries": (other,)}))
