@@ -89,6 +89,8 @@ class ActivationBank:
         """sha256 over the spec, the keys and every tensor's name, type, shape and bytes."""
         digest = hashlib.sha256(json.dumps(self.spec.mapping(), sort_keys=True).encode())
         for key, entry in sorted(self.entries.items()):
+            if not entry.tensors:
+                digest.update(f"{key}/".encode())
             for name, tensor in sorted(entry.tensors.items()):
                 digest.update(f"{key}/{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -36,10 +36,18 @@ KINDS: dict[Any, str] = {
 }
 """Module class or function -> kind of activation that is replaced. A gate such as Sigmoid is none."""
 
+_NAMES = {kind: kind for kind in KINDS.values()} | {"swish": "silu", "gelutanh": "gelu", "quickgelu": "gelu"}
+"""Name of a class, in small letters -> kind: activations that others write out by hand, such as timm's Mish."""
+
 _METHODS = {"relu": "relu", "relu_": "relu", "prelu": "prelu"}
 _CLAMP_METHODS = {name for verb in ("clamp", "clamp_min", "clip") for name in (verb, f"{verb}_")}
 _CLAMPS = _CLAMP_METHODS | {getattr(torch, name) for name in _CLAMP_METHODS}
-_CLAMPED = {(0, None): "relu", (0, 6): "relu6"}
+_CLAMPED: dict[tuple[Any, Any], str] = {(0, None): "relu", (0, 6): "relu6"}
+_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
+_QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_"}
+_SQUASHES = {torch.tanh, torch.sigmoid, F.tanh, F.sigmoid, "tanh", "tanh_", "sigmoid", "sigmoid_"}
+_ELEMENTWISE = _SUMS | _PRODUCTS | _QUOTIENTS | _SQUASHES
 _JOINS = {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, torch.concatenate, "add", "add_"}
 
 
@@ -79,7 +87,8 @@ class Call:
         if kind is None:
             return None
         inplace = inplace or was.endswith("_")
-        return cls(node, kind, was, inside, inplace and inside is None, only is None or kind in only)
+        chosen = (only is None or kind in only) and not _is_gate(node, kind)
+        return cls(node, kind, was, inside, inplace and inside is None, chosen)
 
     @property
     def source(self) -> fx.Node:
@@ -110,9 +119,53 @@ class Call:
         return self.chosen and _is_map(self.shape)
 
 
+def is_written_out(module: nn.Module) -> bool:
+    """Whether a module is an activation by its name and holds nothing: one call, whatever its forward is made of."""
+    bare = not list(module.children()) and not list(module.parameters()) and not list(module.buffers())
+    return bare and type(module).__name__.lower() in _NAMES
+
+
 def _module_kind(module: nn.Module) -> str | None:
     kinds = {**KINDS, **{known: name for name, known in ACTIVATIONS.items()}}
-    return next((k for known, k in kinds.items() if isinstance(known, type) and isinstance(module, known)), None)
+    kind = next((k for known, k in kinds.items() if isinstance(known, type) and isinstance(module, known)), None)
+    if kind is not None:
+        return kind
+    if is_written_out(module):
+        return _NAMES[type(module).__name__.lower()]
+    if isinstance(module, nn.Hardtanh):
+        return _CLAMPED.get((module.min_val, module.max_val))
+    if isinstance(module, nn.Threshold) and module.threshold == module.value == 0:
+        return "relu"
+    return None
+
+
+def _is_gate(node: fx.Node, kind: str) -> bool:
+    """Whether a call is part of a gate and no activation: the relu6(x + 3) of a hard sigmoid; or one that, by functions
+    of one element, comes from a map and is multiplied by it, as in x tanh(softplus(x))."""
+    behind = [node.all_input_nodes[0]]
+    if kind == "relu6" and behind[0].target in _SUMS and len(behind[0].all_input_nodes) == 1:
+        return True
+    while _is_elementwise(behind[-1]):
+        behind.append(behind[-1].all_input_nodes[0])
+    ahead = [node]
+    for reached in ahead:
+        for user in reached.users:
+            if user.target in _PRODUCTS and not set(behind).isdisjoint(user.all_input_nodes):
+                return True
+            if _is_elementwise(user):
+                ahead.append(user)
+    return False
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    """Whether a node is a function of each element of one tensor."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        assert owner is not None
+        return isinstance(owner.get_submodule(str(node.target)), nn.Tanh | nn.Sigmoid)
+    return node.target in _ELEMENTWISE
 
 
 def _clamp_kind(node: fx.Node) -> str | None:

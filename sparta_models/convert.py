@@ -5,7 +5,9 @@ module or function, becomes a site of its own, also where the author calls one n
 on the meta device tells channels and resolutions, which with the modules around a call say where it stands.
 """
 
+import contextlib
 import copy
+import io
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparta_models.activations import Activation
-from sparta_models.calls import KINDS, Call, places
+from sparta_models.calls import KINDS, Call, is_written_out, places
 from sparta_models.models.common import Normalize
 from sparta_models.sites import ActivationSpec, Site, install
 
@@ -59,11 +61,13 @@ def convert(
 ) -> Converted:
     """Return a copy of a CNN whose activations are sites, filled with the named activation.
 
-    Weights, their names and the train or eval mode are kept. Activations on vectors, or on maps of one pixel as in
-    squeeze-and-excitation, have no positions and are kept, and so are activations of this library that stand there
-    without a site. `model.replacements` lists every call, replaced or kept. The copy wants the images that the network
-    wanted: nn.Sequential(Normalize(3, mean, std), model) takes [0, 1]. An in-place call counts as one on its input's
-    own name: a view that was taken before keeps what it was.
+    Weights, their names and each module's train or eval mode are kept. Activations on vectors, or on maps of one pixel
+    as in squeeze-and-excitation, have no positions and are kept, and so are rectifiers that are part of a gate (the
+    relu6 of a hard sigmoid) and activations of this library that stand there without a site. `model.replacements` lists
+    every call, replaced or kept. The copy wants the images that the network wanted: nn.Sequential(Normalize(3, mean,
+    std), model) takes [0, 1]. An in-place call counts as one on its input's own name: a view that was taken before
+    keeps what it was. What forward does not call, such as an auxiliary head in eval mode, and hooks are not in the
+    copy; a module without children whose forward asks for its mode (DropPath) is not looked into.
 
     Args:
         model: the network, x (B, C, H, W) -> anything.
@@ -73,8 +77,13 @@ def convert(
 
     Raises:
         ValueError: for a network that torch.fx can't trace, one whose graph depends on the training mode, one that
-            refuses the input shape, one without activations to replace, or an unknown kind.
+            refuses the input shape, one without activations to replace, one that has sites already, or an unknown kind.
     """
+    if any(isinstance(module, Site) for module in model.modules()):
+        raise ValueError(
+            "expected a network without activation sites, got one that has them; sparta_models.install changes what "
+            "stands there"
+        )
     unknown = sorted(set(only or ()) - set(KINDS.values()))
     if unknown:
         raise ValueError(f"unknown kinds {unknown}; known: {', '.join(sorted(set(KINDS.values())))}")
@@ -102,17 +111,20 @@ class _Tracer(fx.Tracer):
         modal = code is not None and "training" in code.co_names
         alone = isinstance(m, _BatchNorm) or not list(m.children())
         return (
-            isinstance(m, Site | Normalize | Activation)
+            isinstance(m, Normalize | Activation)
+            or is_written_out(m)
             or (modal and alone)
             or super().is_leaf_module(m, module_qualified_name)
         )
 
 
 def _trace(model: nn.Module) -> Converted:
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
-        other = str(_Tracer().trace(model.train(not mode)))
-        graph = _Tracer().trace(model.train(mode))
+        other = str(_Tracer().trace(model.train(not model.training)))
+        for module, mode in modes.items():
+            module.training = mode
+        graph = _Tracer().trace(model)
     except Exception as error:
         raise ValueError(
             f"expected a network that torch.fx can trace, got {type(model).__name__}: {error}; take control flow that "
@@ -129,9 +141,11 @@ def _trace(model: nn.Module) -> Converted:
 def _propagate(graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
     """Note each node's shape, by a forward pass of a copy on the meta device in eval mode."""
     twin = copy.deepcopy(graph_module).to("meta").eval()
+    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     try:
-        with torch.device("meta"):
-            ShapeProp(twin).propagate(torch.empty(2, *input_shape))
+        # What it prints of an error is in the one that is raised.
+        with torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
+            ShapeProp(twin).propagate(torch.empty(2, *input_shape, dtype=dtype))
     except Exception as error:
         raise ValueError(
             f"expected a network for images of shape {input_shape}, got: {error}; pass input_shape"

@@ -91,6 +91,10 @@ class ActivationSpec:
     sharing: str
     options: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        if self.sharing not in SHARINGS:
+            raise ValueError(f"expected sharing among {', '.join(SHARINGS)}, got {self.sharing!r}")
+
     @classmethod
     def parse(cls, activation: "str | Mapping[str, Any] | ActivationSpec") -> "ActivationSpec":
         """Read a name, or a mapping {"name": ..., "sharing": ..., **options}.
@@ -106,10 +110,7 @@ class ActivationSpec:
         if "name" not in options:
             raise ValueError(f'expected a name or a mapping with "name", got keys {sorted(options)}')
         name, sharing = options.pop("name"), options.pop("sharing", "site")
-        spec = cls(name, sharing, _defaults(name) | options)
-        if spec.sharing not in SHARINGS:
-            raise ValueError(f"expected sharing among {', '.join(SHARINGS)}, got {spec.sharing!r}")
-        return spec
+        return cls(name, sharing, _defaults(name) | options)
 
     def build(self, num_channels: int) -> Activation:
         """Build one activation."""

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparta_models.activations.base import GateNorm
+
 
 def sum_over_ranks(values: Tensor, world_size: int) -> Tensor:
     """The sum of a tensor over all ranks, in place."""
@@ -134,7 +136,8 @@ def synchronise_batch_norms(model: nn.Module) -> nn.Module:
     """Replace, in place, the batch norms in training mode by `SyncBatchNorm` with the same tensors."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d and child.training:
+            # Of other kinds, such as timm's with an activation inside, something would be lost.
+            if isinstance(child, nn.BatchNorm2d) and type(child) in (nn.BatchNorm2d, GateNorm) and child.training:
                 setattr(module, name, _synchronised(child))
     return model
 

@@ -63,6 +63,8 @@ class Activation(nn.Module):
             if isinstance(module, _BatchNorm):
                 # What it gives in eval mode stays the same; `reset_running_stats` (swa_utils.update_bn) spares it then.
                 module.track_running_stats = False
+            if isinstance(module, GateNorm):
+                module.pinned = True
         return self.eval()
 
     def train(self, mode: bool = True) -> "Activation":
@@ -90,6 +92,17 @@ class Activation(nn.Module):
                     f"frozen activation parameter {prefix + name!r}: expected the frozen values, got others; "
                     "load the weights first and apply the bank after"
                 )
+
+
+class GateNorm(nn.BatchNorm2d):
+    """Batch norm inside an activation. Pinned, it stays in eval mode, also when the norms of a network are switched one
+    by one."""
+
+    pinned: bool = False
+
+    def train(self, mode: bool = True) -> "GateNorm":
+        """Switch the mode, unless pinned."""
+        return super().train(mode and not self.pinned)
 
 
 def _same(own: Tensor, other: Tensor) -> bool:

@@ -26,6 +26,7 @@ def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int) -> Any:
         and weight.shape[-1] in _KERNEL_SIZES[name]
         and dilation == 1
         and x.numel() > 0
+        and weight.device == x.device
         and type(x) in (Tensor, torch.nn.Parameter)
     )
     if fits and x.device.type == "cpu":

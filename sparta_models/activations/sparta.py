@@ -11,6 +11,8 @@ of x and a depthwise k x k correlation of it. The multiplicative forms are y = x
 Legend: x, T, phi (B, C, H, W); k the kernel size; beta the sharpness at the start.
 """
 
+import math
+
 from torch import Tensor
 
 from sparta_models.activations.base import VARYING_DEPENDENT, Activation, check_kernel_size
@@ -79,7 +81,7 @@ def _check(variant: str, kernel_size: int, dilation: int, beta: float, init: str
     check_kernel_size(kernel_size)
     if dilation < 1:
         raise ValueError(f"expected dilation >= 1, got {dilation}")
-    if beta <= 0:
-        raise ValueError(f"expected beta > 0, got {beta}")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"expected a finite beta > 0, got {beta}")
     if init not in INITS:
         raise ValueError(f"expected init among {', '.join(INITS)}, got {init!r}")

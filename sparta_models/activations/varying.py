@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparta_models.activations.base import VARYING_DEPENDENT, VARYING_INDEPENDENT, Activation, check_kernel_size
+from sparta_models.activations.base import (
+    VARYING_DEPENDENT,
+    VARYING_INDEPENDENT,
+    Activation,
+    GateNorm,
+    check_kernel_size,
+)
 from sparta_models.activations.shared_dependent import Bottleneck
 
 
@@ -36,9 +42,10 @@ class PositionPReLU(Activation):
             slope = F.interpolate(slope, size=x.shape[-2:], mode="bilinear")
         return F.relu(x) - slope.to(x.dtype) * F.relu(-x)
 
-    def flops_per_element(self) -> int:
-        """FLOPs for one element."""
-        return 4
+    def flops(self, height: int, width: int) -> int:
+        """FLOPs for one image: those of PReLU, and of a weighted sum of four slopes where the grid is resized."""
+        resized = self.weight.shape[-2:] != (height, width)
+        return (2 + 7 * resized) * self.num_channels * height * width
 
 
 class FReLU(Activation):
@@ -54,7 +61,7 @@ class FReLU(Activation):
         self.condition = nn.Conv2d(
             num_channels, num_channels, kernel_size, padding=kernel_size // 2, groups=num_channels, bias=not batch_norm
         )
-        self.norm = nn.BatchNorm2d(num_channels) if batch_norm else nn.Identity()
+        self.norm = GateNorm(num_channels) if batch_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
@@ -62,7 +69,9 @@ class FReLU(Activation):
 
     def flops_per_element(self) -> int:
         """FLOPs for one element."""
-        return 2 * self.condition.weight[0].numel() + 3
+        # A norm is a product and an addition, a bias an addition alone.
+        beside = 1 if self.condition.bias is not None else 2
+        return 2 * self.condition.weight[0].numel() + beside + 1
 
 
 class Atac(Activation):
@@ -78,9 +87,9 @@ class Atac(Activation):
             raise ValueError(f"expected reduction >= 1, got {reduction}")
         hidden = max(1, num_channels // reduction)
         self.reduce = nn.Conv2d(num_channels, hidden, 1, bias=not batch_norm)
-        self.reduce_norm = nn.BatchNorm2d(hidden) if batch_norm else nn.Identity()
+        self.reduce_norm = GateNorm(hidden) if batch_norm else nn.Identity()
         self.expand = nn.Conv2d(hidden, num_channels, 1, bias=not batch_norm)
-        self.expand_norm = nn.BatchNorm2d(num_channels) if batch_norm else nn.Identity()
+        self.expand_norm = GateNorm(num_channels) if batch_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
@@ -89,8 +98,9 @@ class Atac(Activation):
 
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one image."""
-        hidden = self.reduce.out_channels
-        return height * width * (4 * hidden * self.num_channels + 3 * hidden + 6 * self.num_channels)
+        hidden, channels = self.reduce.out_channels, self.num_channels
+        beside = 1 if self.reduce.bias is not None else 2  # a bias, or a norm
+        return height * width * (4 * hidden * channels + (beside + 1) * hidden + (beside + 4) * channels)
 
 
 class CbamReLU(Activation):

@@ -61,6 +61,9 @@ def build_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+    for what, value in {"num_classes": num_classes, "in_channels": in_channels, **kwargs}.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"expected {what} > 0, got {value}")
     model = MODELS[name](num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **kwargs)
     install(model, activation)
     object.__setattr__(model, "_architecture", name)

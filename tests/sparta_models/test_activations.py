@@ -189,15 +189,21 @@ def test_meta_acon_has_the_hidden_width_of_its_authors_code(channels, hidden):
     assert build_activation("meta_acon", channels).sharpness.reduce.out_channels == hidden
 
 
-@over_registry
-def test_flops_grow_with_the_map(name, options):
-    activation = build_activation(name, 8, **options)
-    small, large = activation.flops(8, 8), activation.flops(16, 16)
-    assert 8 * 64 <= small < large <= 4 * small
-
-
-# FLOPs for one element at k = 5: a sigmoid is exponential, addition and division.
-PER_ELEMENT = {"relu": 1, "silu": 3 + 1, "depthwise": 2 * 25 + 3 + 1, "shared": 2 * 25 + 3 + 1, "smoothmax": 2 * 25 + 7}
+# FLOPs for one element at k = 5. Of those made of others: a sigmoid is exponential, addition and division.
+PER_ELEMENT = {
+    "relu": 1,
+    **dict.fromkeys(("relu6", "leaky_relu", "prelu"), 2),
+    "elu": 3,
+    "silu": 3 + 1,
+    "gelu": 5,
+    **dict.fromkeys(("softplus", "mish"), 5),
+    "swish": 1 + 3 + 1,
+    "pssilu": 1 + 3 + 3,
+    "acon_c": 1 + 1 + 3 + 1 + 2,
+    "position_prelu": 2 + 4 + 3,  # four slopes weighted and added
+    **dict.fromkeys(("depthwise", "shared"), 2 * 25 + 3 + 1),
+    "smoothmax": 2 * 25 + 7,
+}
 
 
 @pytest.mark.parametrize("name", PER_ELEMENT)
@@ -206,20 +212,38 @@ def test_flops_are_those_by_hand(name):
     assert build_activation(num_channels=8, **options).flops(5, 4) == PER_ELEMENT[name] * 8 * 5 * 4
 
 
-# What is done to each of 8 channels beside convolutions: norms of 2, sigmoids of 3, a product, a maximum, an addition.
-@pytest.mark.parametrize(
-    ("name", "options", "rest"),
-    [
-        ("frelu", {}, 8 * (2 + 1)),
-        ("atac", {}, 2 * (2 + 1) + 8 * (2 + 3 + 1)),
-        ("sparta", {"variant": "lowrank"}, 8 * (1 + 3 + 1)),
-    ],
-)
-def test_flops_are_those_of_the_convolutions_as_torch_counts_them_and_the_rest(name, options, rest):
-    activation = build_activation(name, 8, **options).eval()
+def test_slopes_that_fit_the_map_are_not_resized():
+    assert build_activation("position_prelu", 8).flops(8, 8) == build_activation("prelu", 8).flops(8, 8)
+
+
+# Beside the convolutions, for 8 channels and what a bottleneck leaves of them: at each position, and once for an image.
+# Norms of 2, sigmoids of 3; one each for a rectifier, product, maximum, addition, and an element's part in a mean.
+CONVOLVED = {
+    "meta_acon": ({}, 8 * (1 + 8), 8 * 3),
+    "dy_relu_b": ({}, 8 * (1 + 2 + 2 + 1), 1 + 4 * 8 * (3 + 2) + 3 * 8),
+    "se_relu": ({}, 8 * (1 + 1 + 1), 1 + 8 * 3),
+    "frelu": ({}, 8 * (2 + 1), 0),
+    "frelu without norm": ({"batch_norm": False}, 8 * (1 + 1), 0),
+    "atac": ({}, 2 * (2 + 1) + 8 * (2 + 3 + 1), 0),
+    "atac without norm": ({"batch_norm": False}, 2 * (1 + 1) + 8 * (1 + 3 + 1), 0),
+    "cbam_relu": ({}, 8 * (1 + 2 + 1 + 2 + 1) + 3, 2 * 1 + 8 * (1 + 3)),
+    "sparta lowrank": ({"variant": "lowrank"}, 8 * (1 + 3 + 1), 0),
+    "sparta attention": ({"variant": "attention"}, 8 * (2 + 1 + 3 + 1), 0),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLVED)
+def test_flops_are_those_of_the_convolutions_as_torch_counts_them_and_the_rest(case):
+    options, everywhere, once = CONVOLVED[case]
+    activation = build_activation(case.split()[0], 8, **options).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         activation(torch.randn(1, 8, 6, 5))
-    assert activation.flops(6, 5) == counter.get_total_flops() + rest * 6 * 5
+    assert activation.flops(6, 5) == counter.get_total_flops() + everywhere * 6 * 5 + once
+
+
+def test_the_flops_of_every_activation_are_held_to_a_count():
+    counted = {*PER_ELEMENT, *(case.split()[0] for case in CONVOLVED), *VARIANTS}
+    assert counted >= set(ACTIVATIONS) - {"sparta"}
 
 
 @over_registry
@@ -248,6 +272,17 @@ def test_frozen_activations_keep_eval_mode_values_and_statistics(name, options):
     assert not any(module.training for module in activation.modules())
     assert not any(p.requires_grad for p in activation.parameters())
     assert all(torch.equal(v, before[k]) for k, v in activation.state_dict().items())
+
+
+@over_registry
+def test_a_frozen_function_stays_when_the_norms_of_a_network_are_switched_one_by_one(name, options):
+    activation = with_statistics(perturbed(name, options)).freeze()
+    x = images(4, 4, 5, 5)
+    before = activation(x)
+    for module in activation.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.train()
+    assert torch.equal(activation(x), before)
 
 
 @over_registry
@@ -291,6 +326,33 @@ def test_closed_forms(name):
     x = torch.tensor([1.0, -1.0], dtype=torch.float64).view(1, 1, 1, 2)
     y = build_activation(name, 1).double()(x).flatten()
     torch.testing.assert_close(y, torch.tensor(CLOSED[name], dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "values"),
+    [
+        ("leaky_relu", {"slope": 0.2}, (1, -0.2)),
+        ("elu", {"alpha": 2.0}, (1, 2 / E - 2)),
+        ("softplus", {"beta": 2.0}, (math.log(1 + E**2) / 2, math.log(1 + E**-2) / 2)),
+        ("prelu", {"slope": 0.5}, (1, -0.5)),
+        ("swish", {"beta": 2.0}, (1 / (1 + E**-2), -1 / (1 + E**2))),
+    ],
+)
+def test_closed_forms_with_options(name, options, values):
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64).view(1, 1, 1, 2)
+    y = build_activation(name, 1, **options).double()(x).flatten()
+    torch.testing.assert_close(y, torch.tensor(values, dtype=torch.float64), atol=1e-7, rtol=0)
+
+
+def test_position_prelu_has_its_own_slope_everywhere_and_resizes_the_grid_bilinearly():
+    activation = perturbed("position_prelu", {"size": 4})
+    x = -images(1, 4, 4, 4).abs()
+    torch.testing.assert_close(activation(x), x * activation.weight)
+    large = -images(1, 4, 8, 8).abs()
+    # The centre of the large map's second pixel lies a quarter of the way from the first slope to the second.
+    along = activation.weight[0, 0]
+    first = along[0] + 0.25 * (along[1] - along[0])
+    torch.testing.assert_close(activation(large)[0, 0, 0, 1], large[0, 0, 0, 1] * first)
 
 
 def test_relu6_is_clipped():

@@ -7,6 +7,7 @@ import torch
 import torchvision
 
 from sparta_models import MODELS, Normalize, build_model, install, sites
+from sparta_models.sites import ActivationSpec
 
 SMALL = {
     "mobilenet_v2": {"width_mult": 0.1},
@@ -74,26 +75,16 @@ def test_imagenet_networks_give_torchvisions_outputs(name):
         torch.testing.assert_close(ours.eval()(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
-def test_vgg_has_torchvisions_tensors():
-    with torch.device("meta"):
-        theirs = torchvision.models.vgg16_bn()
-        ours = build_model("vgg16_bn", stem="imagenet", num_classes=1000, activation="relu")
-    shapes = {k: v.shape for k, v in ours.state_dict().items()}
-    assert shapes.pop("normalize.mean") == shapes.pop("normalize.std") == (1, 3, 1, 1)
-    assert shapes == {k: v.shape for k, v in theirs.state_dict().items()}
-
-
-def test_vgg_gives_torchvisions_outputs():
+def test_imagenet_vgg_gives_torchvisions_outputs():
     torch.manual_seed(0)
-    theirs = torchvision.models.vgg16_bn().eval()
-    # The classifier's 120 million weights are 98 % of the time and nothing of the question: a narrow one stands in.
-    theirs.classifier = torch.nn.Linear(512 * 49, 10)
-    ours = build_model("vgg16_bn", stem="imagenet", activation="relu", width=1)
-    ours.features = build_model("vgg16_bn", activation="relu").features
-    for pool in (m for m in ours.features if isinstance(m, torch.nn.MaxPool2d)):
-        pool.ceil_mode = False
-    ours.classifier = torch.nn.Linear(512 * 49, 10)
-    ours.load_state_dict(theirs.state_dict(), strict=False)
+    theirs = torchvision.models.vgg16_bn(init_weights=False).eval()
+    with torch.device("meta"):
+        ours = build_model("vgg16_bn", stem="imagenet", num_classes=1000, activation="relu")
+    # 138 million weights, which both use.
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False, assign=True)
+    assert set(missing) == {"normalize.mean", "normalize.std"}
+    assert unexpected == []
+    ours.normalize = Normalize(3)
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x), theirs(x), atol=1e-5, rtol=1e-5)
@@ -125,9 +116,16 @@ def test_no_rectifier_is_left_outside_the_sites(name):
     assert relu == []
 
 
-def test_first_layer_normalises_pixels():
-    model = build_model("resnet8", mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 0.125])
+@pytest.mark.parametrize("name", MODELS)
+def test_first_layer_normalises_pixels(name):
+    model = small(name, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 0.125])
     assert next(iter(model.children())) is model.normalize
+    called = []
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda m, *_: called.append(m))
+    model(torch.rand(2, 3, 16, 16))
+    assert called[0] is model.normalize
     x = torch.rand(2, 3, 4, 4)
     expected = (x - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.25, 0.125])[:, None, None]
     torch.testing.assert_close(model.normalize(x), expected)
@@ -179,6 +177,9 @@ def test_network_sharing_of_a_function_bound_to_a_width_is_refused():
         (lambda: build_model("resnet8", activation={"kernel_size": 3}), 'mapping with "name"'),
         (lambda: build_model("resnet8", activation={"name": "relu", "sharing": "all"}), "expected sharing among site"),
         (lambda: build_model("resnet18", stem="big"), "expected stem among cifar, imagenet, got 'big'"),
+        (lambda: build_model("resnet8", num_classes=0), "expected num_classes > 0, got 0"),
+        (lambda: build_model("mobilenet_v2", width_mult=-1.0), "expected width_mult > 0, got -1.0"),
+        (lambda: ActivationSpec("relu", "all", {}), "expected sharing among site"),
         (lambda: build_model("resnet8", mean=[0.5]), "expected 3 values of mean, one per channel, got 1"),
         (lambda: build_model("resnet8", std=[0.5, 0.0, 1.0]), "expected std > 0"),
         (lambda: Normalize(3)(torch.rand(3, 4, 4)), r"expected images of shape \(B, 3, H, W\), got \(3, 4, 4\)"),

@@ -5,11 +5,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from safetensors.numpy import load_file
 
 from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking import Registry, Tracker
+from sparta_models import ActivationBank, build_model, convert, frozen_parameters, named_sites
 from tests.tracking.conftest import write_bank
 
 
@@ -32,6 +35,18 @@ def test_what_is_pulled_is_what_was_registered(registry: Registry, bank: Path, t
     for name in ("activation.json", "activation.safetensors"):
         assert (tmp_path / "pulled" / name).read_bytes() == (bank / name).read_bytes()
     assert load_file(tmp_path / "pulled" / "activation.safetensors")["layer1.0.kernel"].shape == (8, 3, 3)
+
+
+def test_a_registered_bank_goes_into_a_converted_network(registry: Registry, tmp_path: Path):
+    bank = ActivationBank.from_model(build_model("resnet18", width=8), source={"dataset": "digits"})
+    registry.register(bank.save(tmp_path / "bank"))
+    registry.pull("sparta-activation@candidate", tmp_path / "pulled")
+    pulled = ActivationBank.load(tmp_path / "pulled")
+    assert pulled == bank
+    network = convert(torchvision.models.resnet18(), "sparta", input_shape=(3, 64, 64))
+    pulled.apply_to(network, adapt="mean")
+    assert network(torch.rand(2, 3, 64, 64)).isfinite().all()
+    assert len(frozen_parameters(network)) == len(dict(named_sites(network))) * 2
 
 
 def test_the_mlmodel_names_our_flavour_and_the_digests(registry: Registry, bank: Path):
