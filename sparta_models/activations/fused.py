@@ -14,8 +14,14 @@ _KERNEL_SIZES = {"gate": (3, 5), "attention": (3,)}
 
 
 def traced() -> bool:
-    """Whether a tracer looks on. It sees torch's operators, which it can export, and fuse in its own ways."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    """Whether a tracer, a transform of torch.func or forward-mode differentiation looks on. They see torch's operators,
+    which they can export, fuse, batch and differentiate in their own ways."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int) -> Any:

@@ -52,6 +52,26 @@ def test_gradients_agree_with_finite_differences(name, options):
 
 
 @over_registry
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own, in torch.func.jvp
+def test_per_sample_gradients_and_forward_mode_agree_with_the_backward_pass(name, options):
+    activation = perturbed(name, options)
+    x, direction = images(3, 4, 4, 5), images(3, 4, 4, 5, seed=2)
+    parameters = dict(activation.named_parameters())
+
+    def loss(values, image):
+        return torch.func.functional_call(activation, values, (image.unsqueeze(0),)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    whole = torch.autograd.grad(activation(x).square().sum(), list(parameters.values())) if parameters else ()
+    for name_, gradient in zip(parameters, whole, strict=True):
+        torch.testing.assert_close(each[name_].sum(0), gradient)
+    _, forward = torch.func.jvp(activation, (x,), (direction,))
+    x.requires_grad_()
+    (backward,) = torch.autograd.grad(activation(x).sum(), x)
+    torch.testing.assert_close(forward.sum(), (backward * direction).sum())
+
+
+@over_registry
 def test_shared_rules_give_equal_outputs_for_equal_inputs_and_varying_ones_do_not(name, options):
     activation = perturbed(name, options, channels=4)
     x = images(2, 4, 5, 5)
