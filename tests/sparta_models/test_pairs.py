@@ -122,7 +122,11 @@ def test_every_pair_compiles_whole_and_exports(name, activation, tmp_path):
     # Unoptimised: onnxruntime optimises what it loads anyway.
     torch.onnx.export(program, dynamo=True, verbose=False, optimize=False).save(tmp_path / "model.onnx")
     y = run_onnx(tmp_path / "model.onnx", own.detach())
-    torch.testing.assert_close(y, expected.detach(), atol=1e-5, rtol=1e-4)
+    # Untrained, a deep network may blow rounding up (ResNet-50 with Meta-ACON: to 0.008 in logits of 100). Other
+    # operators may round as much as torch's do, a few times over.
+    exact = model.double()(own.detach().double())
+    rounding = (expected - exact).abs().max().item()
+    torch.testing.assert_close(y, expected.detach(), atol=1e-5 + 4 * rounding, rtol=1e-4)
 
 
 @pytest.mark.extended
