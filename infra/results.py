@@ -1,12 +1,13 @@
 """Write what README and docs/results.md quote from the study in results/; a test compares, so no figure can go stale.
 
-    python infra/results.py --add RUNS                   # after `make study`, or a part of it, in the folder RUNS
+    python infra/results.py --take RUNS                  # after `make study`: results/ anew
+    python infra/results.py --add RUNS                   # after a part of it: its networks beside those of results/
     python infra/results.py --ship NAME RUNS             # ship its best activation as a pretrained bank
     python infra/results.py                              # only write the quotations again
 
-RUNS is the folder of the study's chain, e.g. runs/study. A network that results/ has already must have been trained and
-judged in the same way, and is kept: delete results/ to begin anew. The best activation is that of the seed with the
-highest robust accuracy on validation images. A shipped bank's card is made of the study's figures too.
+RUNS is the folder of the study's chain, e.g. runs/study. A network that results/ has already is kept. The best
+activation is that of the seed with the highest robust accuracy on validation images. A shipped bank's card is made of
+the study's figures too.
 """
 
 import argparse
@@ -41,19 +42,22 @@ def study() -> Study:
     return Study.load(RESULTS / RECORD)
 
 
-def add(runs: Path) -> None:
-    """Put the networks of a finished study, or of a part of it, into results/."""
+def of(runs: Path) -> Study:
+    """The study, or the part of one, that a chain has finished."""
     folder = runs / "report" / "study"
-    part = Study.load(folder / (folder / "current.txt").read_text().strip() / RECORD)
-    known = study() if (RESULTS / RECORD).exists() else None
-    write_study(known.joined(part) if known else part, RESULTS)
-    if known:
-        weights = {entry.key: entry.weights_sha256 for entry in known.entries}
-        again = [entry for entry in part.entries if entry.key in weights]
-        same = sum(weights[entry.key] == entry.weights_sha256 for entry in again)
-        print(
-            f"{len(part.entries) - len(again)} networks added; {same} of {len(again)} known ones had the same weights"
-        )
+    return Study.load(folder / (folder / "current.txt").read_text().strip() / RECORD)
+
+
+def add(runs: Path) -> None:
+    """Put the networks of a part into results/, and say how many of those that were there came out the same."""
+    known, part = study(), of(runs)
+    write_study(known.joined(part), RESULTS)
+    weights = {entry.key: entry.weights_sha256 for entry in known.entries}
+    again = [entry for entry in part.entries if entry.key in weights]
+    same = sum(weights[entry.key] == entry.weights_sha256 for entry in again)
+    print(
+        f"{len(part.entries) - len(again)} networks added; {same} of {len(again)} known ones had the same weights again"
+    )
 
 
 def whole(found: Study) -> str:
@@ -139,9 +143,12 @@ def ship(name: str, runs: Path) -> None:
 def main() -> None:
     """Take a study in, ship a bank, and write the blocks, as asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--take", type=Path, metavar="RUNS")
     parser.add_argument("--add", type=Path, metavar="RUNS")
     parser.add_argument("--ship", nargs=2, metavar=("NAME", "RUNS"))
     args = parser.parse_args()
+    if args.take:
+        write_study(of(args.take), RESULTS)
     if args.add:
         add(args.add)
     found = study()

@@ -5,6 +5,7 @@ one of a class that does so elsewhere: residual and inverted residual blocks, de
 belongs to the stage of its last call. A call in no such module is a block of its own, as in VGG.
 """
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -42,12 +43,18 @@ _NAMES = {kind: kind for kind in KINDS.values()} | {"swish": "silu", "gelutanh":
 _METHODS = {"relu": "relu", "relu_": "relu", "prelu": "prelu"}
 _CLAMP_METHODS = {name for verb in ("clamp", "clamp_min", "clip") for name in (verb, f"{verb}_")}
 _CLAMPS = _CLAMP_METHODS | {getattr(torch, name) for name in _CLAMP_METHODS}
-_CLAMPED: dict[tuple[Any, Any], str] = {(0, None): "relu", (0, 6): "relu6"}
+_CLIPS: tuple[tuple[Collection[Any], tuple[str, str]], ...] = (
+    (_CLAMPS, ("min", "max")),
+    ((F.hardtanh, F.hardtanh_), ("min_val", "max_val")),
+    ((F.threshold, torch.threshold, torch.threshold_), ("threshold", "value")),
+)
+_CLAMPED: dict[tuple[Any, ...], str] = {(0, None): "relu", (0, 6): "relu6"}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
 _QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_"}
 _SQUASHES = {torch.tanh, torch.sigmoid, F.tanh, F.sigmoid, "tanh", "tanh_", "sigmoid", "sigmoid_"}
-_ELEMENTWISE = _SUMS | _PRODUCTS | _QUOTIENTS | _SQUASHES
+_AUGMENTED = {operator.iadd, operator.imul, operator.itruediv}
+_ELEMENTWISE = _SUMS | _PRODUCTS | _QUOTIENTS | _SQUASHES | _CLAMPS
 _JOINS = {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, torch.concatenate, "add", "add_"}
 
 
@@ -74,21 +81,24 @@ class Call:
             if isinstance(module, _BatchNorm) and isinstance(act, nn.Module):
                 module, inside = act, f"{target}.act"
             kind = _module_kind(module)
-            was, inplace = f"{target} ({type(module).__name__})", bool(getattr(module, "inplace", False))
+            was = f"{target} ({type(module).__name__})"
             if isinstance(module, Activation):
                 # The user's own choice, and maybe trained: it is told of and kept.
                 return cls(node, kind or type(module).__name__, was, inside, inplace=False, chosen=False)
+            inplace = kind is not None and _writes(module)
         elif node.op == "call_method":
-            kind, was = _METHODS.get(str(target)) or _clamp_kind(node), f"Tensor.{target}"
+            kind, was = _METHODS.get(str(target)) or _clip_kind(node), f"Tensor.{target}"
         else:
             was = getattr(target, "__name__", str(target))
             if node.op == "call_function":
-                kind = KINDS.get(target) or _clamp_kind(node)
+                kind = KINDS.get(target) or _clip_kind(node)
         if kind is None:
             return None
         inplace = inplace or was.endswith("_")
-        chosen = (only is None or kind in only) and not _is_gate(node, kind)
-        return cls(node, kind, was, inside, inplace and inside is None, chosen)
+        call = cls(node, kind, was, inside, inplace and inside is None, only is None or kind in only)
+        if _is_gate(node, call.source, kind):
+            call.chosen = False
+        return call
 
     @property
     def source(self) -> fx.Node:
@@ -120,9 +130,13 @@ class Call:
 
 
 def is_written_out(module: nn.Module) -> bool:
-    """Whether a module is an activation by its name and holds nothing: one call, whatever its forward is made of."""
+    """Whether a module is an activation by its name, of one input, and holds nothing: one call, whatever its forward
+    is made of."""
     bare = not list(module.children()) and not list(module.parameters()) and not list(module.buffers())
-    return bare and type(module).__name__.lower() in _NAMES
+    if not bare or type(module).__name__.lower() not in _NAMES:
+        return False
+    parameters = inspect.signature(module.forward).parameters.values()
+    return len(parameters) == 1 and all(p.kind is not p.VAR_POSITIONAL for p in parameters)
 
 
 def _module_kind(module: nn.Module) -> str | None:
@@ -139,18 +153,30 @@ def _module_kind(module: nn.Module) -> str | None:
     return None
 
 
-def _is_gate(node: fx.Node, kind: str) -> bool:
+def _writes(module: nn.Module) -> bool:
+    """Whether an activation changes its input in place. What its author wrote out is asked, not its option."""
+    if not is_written_out(module):
+        return bool(getattr(module, "inplace", False))
+    own = [node for node in fx.symbolic_trace(module).graph.nodes if node.op in ("call_function", "call_method")]
+    return any(node.kwargs.get("inplace") or _name(node).endswith("_") or node.target in _AUGMENTED for node in own)
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _is_gate(node: fx.Node, source: fx.Node, kind: str) -> bool:
     """Whether a call is part of a gate and no activation: the relu6(x + 3) of a hard sigmoid; or one that, by functions
     of one element, comes from a map and is multiplied by it, as in x tanh(softplus(x))."""
-    behind = [node.all_input_nodes[0]]
-    if kind == "relu6" and behind[0].target in _SUMS and len(behind[0].all_input_nodes) == 1:
+    if kind == "relu6" and _calls(source, _SUMS) and any(isinstance(value, int | float) for value in source.args):
         return True
+    behind = [source]
     while _is_elementwise(behind[-1]):
         behind.append(behind[-1].all_input_nodes[0])
     ahead = [node]
     for reached in ahead:
         for user in reached.users:
-            if user.target in _PRODUCTS and not set(behind).isdisjoint(user.all_input_nodes):
+            if _calls(user, _PRODUCTS) and not set(behind).isdisjoint(user.all_input_nodes):
                 return True
             if _is_elementwise(user):
                 ahead.append(user)
@@ -165,16 +191,24 @@ def _is_elementwise(node: fx.Node) -> bool:
         owner = node.graph.owning_module
         assert owner is not None
         return isinstance(owner.get_submodule(str(node.target)), nn.Tanh | nn.Sigmoid)
-    return node.target in _ELEMENTWISE
+    return _calls(node, _ELEMENTWISE)
 
 
-def _clamp_kind(node: fx.Node) -> str | None:
-    """clamp(min=0) is a ReLU, and clamp(0, 6) a ReLU6."""
-    if node.target not in _CLAMPS:
+def _calls(node: fx.Node, targets: Collection[Any]) -> bool:
+    """Whether a node calls one of some functions and methods; a module may have the name of a method."""
+    return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def _clip_kind(node: fx.Node) -> str | None:
+    """clamp(min=0) and threshold(0, 0) are ReLUs; clamp(0, 6) and hardtanh(0, 6) ReLU6s."""
+    names = next((names for functions, names in _CLIPS if _calls(node, functions)), None)
+    if names is None:
         return None
-    low, high = (*node.args[1:], None, None)[:2]
-    bounds = (node.kwargs.get("min", low), node.kwargs.get("max", high))
-    return next((kind for known, kind in _CLAMPED.items() if bounds == known), None)
+    given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    bounds = tuple(given.get(name) for name in names)
+    if "threshold" in names:
+        return "relu" if bounds == (0, 0) else None
+    return _CLAMPED.get(bounds)
 
 
 class Place(NamedTuple):

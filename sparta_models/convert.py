@@ -66,8 +66,8 @@ def convert(
     relu6 of a hard sigmoid) and activations of this library that stand there without a site. `model.replacements` lists
     every call, replaced or kept. The copy wants the images that the network wanted: nn.Sequential(Normalize(3, mean,
     std), model) takes [0, 1]. An in-place call counts as one on its input's own name: a view that was taken before
-    keeps what it was. What forward does not call, such as an auxiliary head in eval mode, and hooks are not in the
-    copy; a module without children whose forward asks for its mode (DropPath) is not looked into.
+    keeps what it was. What forward does not call is not in the copy; a module without children whose forward asks for
+    its mode (DropPath) is not looked into.
 
     Args:
         model: the network, x (B, C, H, W) -> anything.
@@ -121,7 +121,7 @@ class _Tracer(fx.Tracer):
 def _trace(model: nn.Module) -> Converted:
     modes = {module: module.training for module in model.modules()}
     try:
-        other = str(_Tracer().trace(model.train(not model.training)))
+        in_training, in_eval = (str(_Tracer().trace(model.train(mode))) for mode in (True, False))
         for module, mode in modes.items():
             module.training = mode
         graph = _Tracer().trace(model)
@@ -130,7 +130,7 @@ def _trace(model: nn.Module) -> Converted:
             f"expected a network that torch.fx can trace, got {type(model).__name__}: {error}; take control flow that "
             "depends on data out of its forward, or give it sites of its own (sparta_models.Site) and call install"
         ) from error
-    if str(graph) != other:
+    if in_training != in_eval:
         raise ValueError(
             f"expected the same graph in train and eval mode, got two of {type(model).__name__}; put what depends on "
             "self.training into a module without children, such as nn.Dropout"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.cluster.capacity import connected
 from pipeline.cluster.session import start_thread
 
 _log = logging.getLogger(__name__)
@@ -32,15 +33,17 @@ def freeing_orphans() -> Iterator[None]:
 
 
 def free_orphans() -> int:
-    """Remove the placement groups of this job whose creating actor is dead; returns how many. Ray must be connected."""
+    """Remove the placement groups of this job whose creating actor is dead; returns how many. 0 without a Ray."""
+    if not connected():  # asking one would start one
+        return 0
     import ray
     from ray._private.state import state  # no public call says whose a placement group is
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    job = ray.get_runtime_context().get_job_id()
-    groups = map(PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table())
-    orphans = [group for group in groups if group.creator_job_id.hex() == job and _is_orphan(group)]
+    job, service = ray.get_runtime_context().get_job_id(), state._connect_and_get_accessor()
+    groups = map(PlacementGroupTableData.FromString, service.get_placement_group_table())
+    orphans = [group for group in groups if group.creator_job_id.hex() == job and _is_orphan(group, service)]
     for group in orphans:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
     return len(orphans)
@@ -54,9 +57,14 @@ def _free_until(over: threading.Event) -> None:
             _log.debug("could not look for orphans: %s", error)
 
 
-def _is_orphan(group: Any) -> bool:
+def _is_orphan(group: Any, service: Any) -> bool:
     from ray import ActorID
+    from ray.core.generated.gcs_pb2 import ActorTableData
 
-    # What a driver or a task has created also counts as that of a dead actor, one without a number.
-    by_actor = not ActorID(group.creator_actor_id).is_nil()
-    return by_actor and group.creator_actor_dead and group.state != group.REMOVED and not group.is_detached
+    if group.state == group.REMOVED or group.is_detached or not group.creator_actor_dead:
+        return False
+    creator = ActorID(group.creator_actor_id)
+    if creator.is_nil():  # a driver's or a task's group, which counts as that of a dead actor too
+        return False
+    record = service.get_actor_info(creator)  # an actor that was started again counts as dead there as well
+    return record is None or ActorTableData.FromString(record).state == ActorTableData.DEAD

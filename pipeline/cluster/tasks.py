@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pipeline.cluster.capacity import current_capacity, uses_gpu, worker_bundle
+from pipeline.cluster.orphans import freeing_orphans
 from pipeline.cluster.session import ensure_ray
 from pipeline.config.scaling import ScalingConfig
 
@@ -31,7 +32,7 @@ def run_tasks(
     """
     import ray
 
-    with ensure_ray(scaling):
+    with ensure_ray(scaling), freeing_orphans():
         capacity = current_capacity(scaling)
         bundle = worker_bundle(scaling, capacity)
         gpus = 1 if uses_gpu(scaling, capacity) else 0

@@ -221,19 +221,29 @@ class Study(Section):
     def joined(self, part: Self) -> Self:
         """This study with the networks that only `part` has; those of both stay as they are here.
 
+        The networks of both show that a group's recipe is the same: their trainings have the same fingerprint, over
+        configuration and data. Trained anew they may have other weights, and then another fingerprint of the
+        evaluation.
+
         Raises:
-            ValueError: when a network of both was trained or judged in another way, or a group has other judges.
+            ValueError: when threats differ, or a group's judges; when a network of both was trained in another way, or
+                the same weights were judged in another way; when a group of both has no network in common.
         """
+        if self.threat != part.threat:
+            raise ValueError(f"expected a study of {self.threat!r}, got {part.threat!r}")
         mine = {entry.key: entry for entry in self.entries}
-        for entry in part.entries:
-            known = mine.get(entry.key, entry)
-            ours, theirs = ((e.trained[:12], e.evaluated[:12]) for e in (known, entry))
-            if ours != theirs:
-                raise ValueError(
-                    f"expected {' '.join(map(str, entry.key))} to be trained and evaluated as {ours}, got {theirs}; "
-                    "parts of one study share code and configuration"
-                )
         for group in set(self.groups) & set(part.groups):
+            common = [e for e in part.entries if e.group == group and e.key in mine]
+            if not common:
+                raise ValueError(f"expected a network of {group} that both parts have, to compare them by, got none")
+            for entry in common:
+                known, name = mine[entry.key], " ".join(map(str, entry.key))
+                if known.trained != entry.trained:
+                    raise ValueError(f"expected {name} to be trained as {known.trained[:12]}, got {entry.trained[:12]}")
+                if known.weights_sha256 == entry.weights_sha256 and known.evaluated != entry.evaluated:
+                    raise ValueError(
+                        f"expected {name} to be evaluated as {known.evaluated[:12]}, got {entry.evaluated[:12]}"
+                    )
             if self.judges(group) != part.judges(group):
                 raise ValueError(f"expected {group} to be judged on {self.judges(group)}, got {part.judges(group)}")
         added = [entry for entry in part.entries if entry.key not in mine]

@@ -32,6 +32,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 """Name -> constructor of a network with empty sites."""
 
 
+_POSITIVE = ("num_classes", "in_channels", "width", "width_mult", "widen")
+
+
 def build_model(
     name: str,
     *,
@@ -62,7 +65,7 @@ def build_model(
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
     for what, value in {"num_classes": num_classes, "in_channels": in_channels, **kwargs}.items():
-        if isinstance(value, int | float) and not value > 0:
+        if what in _POSITIVE and isinstance(value, int | float) and not value > 0:
             raise ValueError(f"expected {what} > 0, got {value}")
     model = MODELS[name](num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **kwargs)
     install(model, activation)

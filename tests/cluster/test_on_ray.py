@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -250,11 +251,23 @@ def test_what_a_dead_actor_had_reserved_is_freed_and_nothing_else():
         def reserve(self) -> bool:
             return placement_group([{"CPU": 1}]).wait(60)
 
+        def die(self) -> None:
+            os._exit(1)
+
+        def lives(self) -> bool:
+            return True
+
     driver = placement_group([{"CPU": 1}])
     assert driver.wait(60)
-    controller = ray.remote(num_cpus=0)(Controller).remote()
+    controller = ray.remote(num_cpus=0, max_restarts=1)(Controller).remote()
     assert ray.get(controller.reserve.remote())
     assert free_orphans() == 0, "its owner lives"
+    controller.die.remote()
+    while True:
+        with suppress(ray.exceptions.ActorUnavailableError, ray.exceptions.ActorDiedError):
+            assert ray.get(controller.lives.remote())
+            break
+    assert free_orphans() == 0, "its owner lives again"
     ray.kill(controller)
     with freeing_orphans():
         waiting = placement_group([{"CPU": 1}])

@@ -114,34 +114,44 @@ def test_altered_bits_are_refused() -> None:
         Study.model_validate_json(text)
 
 
+def part(*contenders: str, group: str = "home") -> Study:
+    whole = study()
+    entries = (e.model_copy(update={"group": group}) for e in whole.entries if e.contender in contenders)
+    return whole.model_copy(update={"entries": tuple(entries)})
+
+
+def changed(entries: Study, **values: object) -> Study:
+    return entries.model_copy(update={"entries": tuple(e.model_copy(update=values) for e in entries.entries)})
+
+
 def test_parts_of_a_study_are_joined() -> None:
-    whole = study()
-    parts = [
-        whole.model_copy(update={"entries": tuple(e for e in whole.entries if e.contender in names)})
-        for names in (("strong",), ("sparta", "control"), ("strong", "weak"))
-    ]
-    joined = parts[0].joined(parts[1]).joined(parts[2])
-    assert joined.contenders("home") == ["strong", "sparta", "control", "weak"]
-    assert joined.comparisons("home") == whole.comparisons("home")
+    joined = part("sparta", "control").joined(part("strong", "sparta")).joined(part("sparta", "weak"))
+    assert joined.contenders("home") == ["sparta", "control", "strong", "weak"]
+    assert joined.comparisons("home") == study().comparisons("home")
+    assert joined.joined(part("sparta", group="away")).groups == ["home", "away"]
 
 
-def test_a_network_of_both_parts_is_kept_as_it_was() -> None:
-    whole = study()
-    again = [e.model_copy(update={"weights_sha256": "of another machine"}) for e in whole.entries]
-    assert whole.joined(whole.model_copy(update={"entries": tuple(again)})) == whole
+def test_a_network_of_both_parts_is_kept_as_it_was_though_it_was_trained_anew() -> None:
+    again = changed(study(), weights_sha256="of another machine", evaluated="e" * 64)
+    assert study().joined(again).model_dump_json() == study().model_dump_json()
 
 
-@pytest.mark.parametrize("what", ["trained", "evaluated"])
-def test_a_part_whose_networks_were_made_in_another_way_is_refused(what: str) -> None:
-    whole = study()
-    other = whole.entries[0].model_copy(update={what: "f" * 64})
-    with pytest.raises(ValueError, match=r"expected .* to be trained and evaluated as .*, got .*ffff"):
-        whole.joined(whole.model_copy(update={"entries": (other,)}))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trained": "f" * 64}, "expected home sparta 0 to be trained as aaaaaaaaaaaa, got ffffffffffff"),
+        ({"evaluated": "f" * 64}, "expected home sparta 0 to be evaluated as bbbbbbbbbbbb, got ffffffffffff"),
+        ({"attacks": {"weak": 0.5}}, "expected home to be judged on .*, got .* weak"),
+        ({"precision": "fp32"}, "expected home to be judged on .*, got .* trained in fp32"),
+        ({"dataset": "other"}, "expected home to be judged on digits, .*, got other"),
+        ({"seed": 7}, "expected a network of home that both parts have, to compare them by, got none"),
+    ],
+)
+def test_a_part_that_cannot_be_compared_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study().joined(changed(part("sparta"), **values))
 
 
-@pytest.mark.parametrize(("what", "value"), [("attacks", {"weak": 0.5}), ("precision", "fp32"), ("dataset", "other")])
-def test_a_part_that_cannot_be_compared_is_refused(what: str, value: object) -> None:
-    whole = study()
-    other = whole.entries[0].model_copy(update={"contender": "new", what: value})
-    with pytest.raises(ValueError, match=r"expected .* to be judged on .*, got"):
-        whole.joined(whole.model_copy(update={"entries": (other,)}))
+def test_a_part_under_another_threat_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a study of 'linf', got 'l2'"):
+        study().joined(study().model_copy(update={"threat": "l2"}))

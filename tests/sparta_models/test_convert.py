@@ -291,6 +291,9 @@ class Calls(nn.Module):
         (lambda y, _: torch.clamp_min_(y, 0.0), "relu"),
         (lambda y, _: y.clip(0, 6), "relu6"),
         (lambda y, _: torch.clamp(y, max=6, min=0), "relu6"),
+        (lambda y, _: F.hardtanh(y, 0.0, 6.0), "relu6"),
+        (lambda y, _: F.threshold(y, 0.0, 0.0), "relu"),
+        (lambda y, _: torch.threshold(y, threshold=0, value=0), "relu"),
     ],
 )
 def test_a_call_in_any_form_keeps_its_meaning(function, kind):
@@ -321,7 +324,16 @@ def test_other_rectifiers_are_replaced_too(function, kind):
     assert (only.kind, only.shape, only.site is None) == (kind, (2, 4, 6, 6), False)
 
 
-@pytest.mark.parametrize("function", [lambda y, _: y.clamp(min=0.1), lambda y, _: y.clamp(0, 1), lambda y, s: y + s])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, _: y.clamp(min=0.1),
+        lambda y, _: y.clamp(0, 1),
+        lambda y, _: F.hardtanh(y),
+        lambda y, _: F.threshold(y, 0.0, 1.0),
+        lambda y, s: y + s,
+    ],
+)
 def test_what_is_no_rectifier_is_left_alone(function):
     with pytest.raises(ValueError, match="got none to replace"):
         convert(Calls(function), "sparta", input_shape=(3, 8, 8))
@@ -349,6 +361,7 @@ GATES = {
     "hard swish by methods": lambda: Calls(lambda y, _: y.mul(y.add(3).clamp(0, 6).div(6))),
     "mish by modules": WrittenOut,
     "mish by functions": lambda: Calls(lambda y, _: y * torch.tanh(F.softplus(y))),
+    "hard swish by a clamp": lambda: Calls(lambda y, _: y * F.relu(y + 3).clamp(max=6) / 6),
     "squared": lambda: Calls(lambda y, _: y * F.relu(y)),
 }
 
@@ -361,6 +374,66 @@ def test_a_rectifier_that_is_part_of_a_gate_is_kept_and_reported(gate):
     assert [r.site for r in converted.replacements] == ["1", None]
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(converted(x), model(x))
+
+
+class ReLUOfTwo(nn.Module):
+    def forward(self, a, b):
+        return F.relu(a + b)
+
+
+ReLUOfTwo.__name__ = "ReLU"
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), ReLUOfTwo()
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y, 0.5 * y)
+
+
+def test_a_module_of_two_inputs_is_no_activation_whatever_its_name():
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(2, 3, 8, 8)
+    converted = convert(model, "relu", input_shape=(3, 8, 8))
+    torch.testing.assert_close(converted(x), model(x))
+
+
+class ReadsItsInputAgain(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), act
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y) + 2 * y
+
+
+class Swish(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x):
+        return x * x.sigmoid()
+
+
+@pytest.mark.parametrize("swish", [Swish(True), timm.layers.Swish(True), timm.layers.Swish(False)])
+def test_what_is_written_out_says_whether_it_is_in_place(swish):
+    torch.manual_seed(0)
+    model, x = ReadsItsInputAgain(swish), torch.randn(2, 3, 8, 8)
+    converted = convert(model, "silu", input_shape=(3, 8, 8))
+    assert [(r.kind, r.site is None) for r in converted.replacements] == [("silu", False)]
+    torch.testing.assert_close(converted(x), model(x))
+
+
+def test_a_module_with_the_name_of_an_operator_is_none():
+    model = nn.Sequential()
+    model.add_module("add", nn.Conv2d(3, 4, 3))
+    model.add_module("relu", nn.ReLU6())
+    assert [r.site for r in convert(model, "sparta", input_shape=(3, 8, 8)).replacements] == ["relu"]
 
 
 def test_a_rectified_map_that_a_mask_or_an_attention_multiplies_is_replaced():
@@ -496,6 +569,7 @@ class DependsOnMode(nn.Module):
     ("model", "options", "message"),
     [
         (DependsOnData(), {}, "expected a network that torch.fx can trace, got DependsOnData: .*control flow"),
+        (nn.Sequential(DependsOnMode().eval()), {}, "expected the same graph"),
         (DependsOnMode(), {}, "expected the same graph in train and eval mode, got two of DependsOnMode"),
         (nn.Conv2d(3, 4, 3), {}, "got none to replace"),
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU()), {"input_shape": (3, 2, 2)}, "got none to replace"),

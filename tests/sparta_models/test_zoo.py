@@ -191,6 +191,10 @@ def test_wrong_requests_are_refused_with_the_remedy(call, message):
         call()
 
 
+def test_a_network_without_dropout_is_built():
+    assert build_model("mobilenet_v2", width_mult=0.1, dropout=0.0)(torch.rand(1, 3, 32, 32)).shape == (1, 10)
+
+
 def test_an_unknown_option_of_a_network_is_refused():
     with pytest.raises(TypeError, match="stem"):
         build_model("resnet8", stem="imagenet")
