@@ -159,7 +159,7 @@ def test_the_estimate_of_checkpoints_is_what_a_training_writes(tmp_path: Path) -
     config = load_config("demo")
     estimates, _ = estimate([*head(config), *tail(config)], config, {})
     expected = next(e.checkpoint_bytes for e in estimates if e.key == "pretrain:source")
-    model = build_model("resnet8", activation="sparta", num_classes=5, in_channels=1, width=16)
+    model = build_model("resnet8", activation=config.model.activation.spec(), num_classes=5, in_channels=1, width=16)
     optimizer = build_optimizer(model, config.training.optimizer)
     model(torch.rand(4, 1, 8, 8)).sum().backward()
     optimizer.step()

@@ -70,7 +70,7 @@ def test_where_and_how_is_no_part_of_any_identity(override: str) -> None:
     [
         ("training.epochs=3", {"pretrain", "transfer"}),
         ("data.val_fraction=0.2", {"prepare"}),
-        ("model.activation.options.kernel_size=3", {"pretrain", "transfer"}),
+        ("model.activation.options.kernel_size=5", {"pretrain", "transfer"}),
         ("evaluation.threat.eps=0.2", {"evaluate"}),
         ("training.threat.eps=0.2", {"pretrain", "freeze", "transfer"}),
         ("report.num_pictures=1", {"report"}),

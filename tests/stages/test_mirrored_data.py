@@ -25,7 +25,7 @@ SMALL = [
     "training.method.attack.steps=1",
     "model.options.width=4",
     "data.loader=memory",
-    "model.activation.name=relu",
+    "model.activation={name: relu}",
 ]
 LIMITS = ["data.limit.train=64", "data.limit.val=16", "data.limit.test=16", "training.selection.attack.steps=1"]
 

@@ -36,12 +36,18 @@ def test_only_activation_and_seed_differ() -> None:
     trained = [node.task for key, node in every.items() if key.startswith("pretrain:")]
     assert len(trained) == 2 * 6
     first: TrainTask = trained[0]
+    factors = {}
     for task in trained:
-        assert (task.training, task.augment, task.data) == (first.training, first.augment, first.data)
+        factors[task.model.activation.name] = task.training.optimizer.activation_lr_factor
+        optimizer = task.training.optimizer.model_copy(update={"activation_lr_factor": 5.0})
+        training = task.training.model_copy(update={"optimizer": optimizer})
+        assert (training, task.augment, task.data) == (first.training, first.augment, first.data)
         assert (task.model.name, task.model.options) == (first.model.name, first.model.options)
     assert {(task.model.activation.name, task.seed) for task in trained} == {
         (name, seed) for name in ("sparta", "relu", "silu", "meta_acon", "position_prelu", "frelu") for seed in (0, 1)
     }
+    # What the preset says of its own.
+    assert {name for name, factor in factors.items() if factor != 5} == {"meta_acon", "position_prelu"}
 
 
 def test_a_frozen_activation_comes_from_the_same_seed() -> None:
