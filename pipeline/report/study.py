@@ -176,8 +176,9 @@ class Study(Section):
         return sorted(found, key=lambda entry: entry.seed)
 
     def mean(self, group: str, contender: str, what: What) -> Mean:
-        """Mean accuracy over seeds."""
-        return Mean.of([entry.accuracy(what).value for entry in self.of(group, contender)])
+        """Mean accuracy over seeds; what an interval of few seeds has beyond 0 and 1 is cut off."""
+        mean = Mean.of([entry.accuracy(what).value for entry in self.of(group, contender)])
+        return mean.model_copy(update={"low": max(0.0, mean.low), "high": min(1.0, mean.high)})
 
     def compare(self, group: str, a: str, b: str, what: What) -> Comparison:
         """a minus b over the seeds and images that both have.

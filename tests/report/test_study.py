@@ -62,6 +62,12 @@ def test_mean_has_the_t_interval_of_its_seeds() -> None:
     assert Mean.of([0.5]).low == -np.inf
 
 
+def test_the_interval_of_an_accuracy_ends_at_none_and_all() -> None:
+    found = Study(name="s", threat="linf", entries=(entry("sparta", 0, 1), entry("sparta", 1, N - 1)))
+    mean = found.mean("home", "sparta", "robust")
+    assert (mean.low, mean.high) == (0.0, 1.0)
+
+
 def test_differences_are_paired_by_seed() -> None:
     found = study().compare("home", "sparta", "control", "robust")
     gaps = np.array([4, 6, 5]) / N
