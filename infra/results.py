@@ -42,10 +42,15 @@ def study() -> Study:
     return Study.load(RESULTS / RECORD)
 
 
+def output(runs: Path, stage: str, branch: str) -> Path:
+    """Where a stage of a finished chain left its files."""
+    folder = runs / stage / branch
+    return folder / (folder / "current.txt").read_text().strip()
+
+
 def of(runs: Path) -> Study:
     """The study, or the part of one, that a chain has finished."""
-    folder = runs / "report" / "study"
-    return Study.load(folder / (folder / "current.txt").read_text().strip() / RECORD)
+    return Study.load(output(runs, "report", "study") / RECORD)
 
 
 def add(runs: Path) -> None:
@@ -127,8 +132,7 @@ def ship(name: str, runs: Path) -> None:
     found = study()
     best = max(found.of(found.groups[0], "sparta"), key=lambda e: e.val_robust)
     entries = [e for e in found.entries if e.trained == best.trained]
-    folder = runs / "pretrain" / f"sparta-s{best.seed}"
-    network = load_model(folder / (folder / "current.txt").read_text().strip() / "model")
+    network = load_model(output(runs, "pretrain", f"sparta-s{best.seed}") / "model")
     source = {
         "dataset": best.dataset,
         "threat_model": found.threat.partition(";")[0],

@@ -89,7 +89,7 @@ class Call:
         elif node.op == "call_method":
             kind, was = _METHODS.get(str(target)) or _clip_kind(node), f"Tensor.{target}"
         else:
-            was = getattr(target, "__name__", str(target))
+            was = _name(node)
             if node.op == "call_function":
                 kind = KINDS.get(target) or _clip_kind(node)
         if kind is None:

@@ -69,9 +69,7 @@ class FReLU(Activation):
 
     def flops_per_element(self) -> int:
         """FLOPs for one element."""
-        # A norm is a product and an addition, a bias an addition alone.
-        beside = 1 if self.condition.bias is not None else 2
-        return 2 * self.condition.weight[0].numel() + beside + 1
+        return 2 * self.condition.weight[0].numel() + _behind(self.condition) + 1
 
 
 class Atac(Activation):
@@ -99,8 +97,8 @@ class Atac(Activation):
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one image."""
         hidden, channels = self.reduce.out_channels, self.num_channels
-        beside = 1 if self.reduce.bias is not None else 2  # a bias, or a norm
-        return height * width * (4 * hidden * channels + (beside + 1) * hidden + (beside + 4) * channels)
+        behind = _behind(self.reduce)
+        return height * width * (4 * hidden * channels + (behind + 1) * hidden + (behind + 4) * channels)
 
 
 class CbamReLU(Activation):
@@ -129,3 +127,8 @@ class CbamReLU(Activation):
         elements = self.num_channels * height * width
         spatial = height * width * (2 * self.spatial.weight.numel() + 3)
         return 7 * elements + 2 * self.channel.flops() + 4 * self.num_channels + spatial
+
+
+def _behind(convolution: nn.Conv2d) -> int:
+    """FLOPs for one output of what follows: a norm's product and addition, or without a norm the bias's addition."""
+    return 2 if convolution.bias is None else 1
