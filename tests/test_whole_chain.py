@@ -118,6 +118,21 @@ def test_again_at_once_everything_is_up_to_date_and_no_ray_starts(done: tuple[Pa
     assert digests(root) == before
 
 
+def test_another_chain_takes_the_activation_from_the_registry(done: tuple[Path, str]) -> None:
+    root, _ = done
+    ended = run(root, "name=reuse", "bank.registered=sparta-activation/1", "training.epochs=1", "--until", "transfer")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    expected = {"prepare:source", "freeze:bank", "transfer:wider", "transfer:wider-control"}
+    assert set(node_lines(ended.stdout, "done")) == expected
+    digests = []
+    for chain in ("small", "reuse"):
+        (record,) = (root / chain / "transfer" / "wider").glob("*/artifact.json")
+        digests.append(json.loads(record.read_text())["payload"]["bank_digest"])
+    assert digests[0] == digests[1] is not None
+    registry = Registry(TrackingConfig(uri=f"sqlite:///{root}/mlflow.db"), root)
+    assert [found.version for found in registry.versions()] == [1]
+
+
 def test_killed_chain_goes_on_without_mlflow_to_the_same_results_which_are_delivered_later(
     done: tuple[Path, str], tmp_path: Path
 ) -> None:

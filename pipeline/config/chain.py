@@ -4,6 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from pipeline.config.bank import BankConfig
 from pipeline.config.base import Section
 from pipeline.config.data import AugmentConfig, DataConfig
 from pipeline.config.evaluation import EvaluationConfig
@@ -55,6 +56,9 @@ class ChainConfig(Section):
     """Adversarial training of the source, and of the targets that do not bring their own."""
     transfer: tuple[TransferTarget, ...] = ()
     """Where the frozen activation is taken to."""
+    bank: BankConfig | None = None
+    """An activation trained elsewhere, to be taken to the targets in place of `model.activation`; no source is trained
+    then. None: the source trains it."""
     study: StudyConfig | None = None
     """Repeat everything over seeds and beside more activations; None: one chain, one seed."""
     search: SearchConfig = SearchConfig()
@@ -77,6 +81,25 @@ class ChainConfig(Section):
             raise ValueError(
                 f"search.grace_epochs={self.search.grace_epochs} is above {name}.epochs={epochs}, the length of a "
                 "trial; lower the first"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_at_the_source_beside_a_bank(self) -> Self:
+        if self.bank is None:
+            return self
+        if not self.transfer:
+            raise ValueError("bank expected a transfer target to be taken to, got none; name one in transfer")
+        study = self.study
+        trained = {
+            "search.enabled": self.search.enabled,
+            "study.contenders": bool(study and study.contenders),
+            "study.standard": bool(study and study.standard),
+        }
+        if asked := [name for name, is_asked in trained.items() if is_asked]:
+            raise ValueError(
+                f"bank is transferred without training the source, which {' and '.join(asked)} would need; "
+                "leave out one or the other"
             )
         return self
 

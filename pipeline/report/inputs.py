@@ -58,13 +58,26 @@ class Trial(Section):
     """Whether its settings were taken."""
 
 
+class Learned(Section):
+    """Where the activation was trained that all others got."""
+
+    dataset: str
+    """Name of the data set."""
+    architecture: str
+    """Network it was trained in."""
+    activation: str
+    """Name in `sparta_models.ACTIVATIONS`."""
+
+
 class ReportInputs(Section):
     """Everything on the page."""
 
     title: str
     """Heading."""
     models: tuple[ModelCard, ...] = Field(min_length=1)
-    """In the order of the rows; the first is the source."""
+    """In the order of the rows; the first is the source, where it was trained."""
+    learned: Learned | None = None
+    """Where the activation was trained, if not in the first model."""
     trials: tuple[Trial, ...] = ()
     """The sweep, when there was one."""
     sweep_pictures: tuple[Path, ...] = ()
@@ -83,6 +96,14 @@ class ReportInputs(Section):
         if twice:
             raise ValueError(f"expected models with different labels, got {', '.join(twice)} twice")
         return self
+
+    @property
+    def origin(self) -> Learned:
+        """Where the activation was trained."""
+        first = self.models[0]
+        return self.learned or Learned(
+            dataset=first.dataset, architecture=first.architecture, activation=first.activation
+        )
 
     def control_of(self, card: ModelCard) -> ModelCard | None:
         """The control that a model is compared to: the one of its target."""

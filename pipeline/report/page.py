@@ -132,7 +132,7 @@ def _responses(
     output: Path,
     config: ReportConfig,
 ) -> list[charts.Chart]:
-    """Of the source, whose activation all others got."""
+    """Of the first model, whose activation all others got, or which got it as the others did."""
     card = inputs.models[0]
     if card.label not in models or all(one.card is not card for one in galleries):
         return []

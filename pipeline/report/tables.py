@@ -64,10 +64,10 @@ def _summary(row: Row) -> dict[str, Value]:
 
 def _transfer(inputs: ReportInputs, row: Row) -> dict[str, Value]:
     """One cell of the transfer matrix: the source's activation on a target, beside the control trained there."""
-    source, card, control = inputs.models[0], row.card, inputs.control_of(row.card)
+    origin, card, control = inputs.origin, row.card, inputs.control_of(row.card)
     return {
-        "learned_on": source.dataset,
-        "learned_in": source.architecture,
+        "learned_on": origin.dataset,
+        "learned_in": origin.architecture,
         "activation": card.activation,
         "frozen": card.role == "transfer",
         "target": card.target,

@@ -2,6 +2,8 @@
 
 prepare:* -> [search] -> pretrain:source, pretrain:source-control -> freeze:bank
           -> transfer:<target>, transfer:<target>-control ... -> evaluate:* -> report
+
+With an activation that was trained elsewhere (`bank`) freeze:bank takes it in, and nothing is searched or pretrained.
 """
 
 from collections.abc import Mapping
@@ -12,7 +14,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.load import overlay
 from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
-from pipeline.stages.freeze import FreezeTask, freeze_node
+from pipeline.stages.freeze import BankTask, FreezeTask, bank_node, freeze_node, frozen_bank
 from pipeline.stages.node import Finished, Node
 from pipeline.stages.prepare import PrepareTask, prepare_node
 from pipeline.stages.report import ReportedModel, ReportTask, report_node
@@ -29,46 +31,55 @@ _SEARCH = "search:best"
 
 
 def head(config: ChainConfig, *, planning: bool = False) -> list[Node[Any]]:
-    """The nodes that do not depend on what a search finds. When `planning`, the user's data need not be there yet."""
+    """The nodes that the configuration alone decides. When `planning`, the user's data need not be there yet."""
     nodes: list[Node[Any]] = [
         prepare_node(branch, PrepareTask(data, config.seed), planning=planning)
         for branch, data in _datasets(config).items()
     ]
     if config.search.enabled:
         nodes.append(search_node(SearchTask(config, _SOURCE_DATA)))
+    if config.bank is not None:
+        nodes.append(bank_node(BankTask(config.bank)))
     return nodes
 
 
 def tuned(config: ChainConfig, done: Mapping[str, Finished]) -> ChainConfig:
-    """The configuration of the stages after the search: the best trial's settings laid over it."""
-    finished = done.get(_SEARCH)
-    if finished is None:
-        return config
-    return overlay(config, TunedConfig.model_validate(finished.record.payload).overrides)
+    """The configuration of the other nodes: with the best trial's settings, or the activation of the bank taken in."""
+    if (found := done.get(_SEARCH)) is not None:
+        return overlay(config, TunedConfig.model_validate(found.record.payload).overrides)
+    if config.bank is not None and (taken := done.get(_BANK)) is not None:
+        spec = frozen_bank(taken).spec
+        activation = {"name": spec.name, "sharing": spec.sharing, "options": dict(spec.options)}
+        return overlay(config, {"model.activation": activation})
+    return config
 
 
 def tail(config: ChainConfig) -> list[Node[Any]]:
-    """The nodes after the search; those of a study instead, where one is configured."""
+    """The nodes after those of `head`; those of a study, where one is configured."""
     if config.study is not None:
         return study_nodes(config, config.study)
     models = reported_models(config)
     pretrain = [_train(model) for model in models if model.target == _SOURCE_NAME]
     transfer = [_train(model) for model in models if model.target != _SOURCE_NAME]
-    freeze = freeze_node(FreezeTask(_SOURCE, _SOURCE_DATA, _threat(config)))
+    freeze = [] if config.bank else [freeze_node(FreezeTask(_SOURCE, _SOURCE_DATA, _threat(config)))]
     evaluations = [_evaluation(config, model) for model in models]
     search = _SEARCH if config.search.enabled else None
-    report = report_node(ReportTask(config.name, config.report, models, _BANK, search, config.seed))
-    return [*pretrain, freeze, *transfer, *evaluations, report]
+    task = ReportTask(config.name, config.report, models, _BANK, search, config.seed, trained_here=config.bank is None)
+    report = report_node(task)
+    return [*pretrain, *freeze, *transfer, *evaluations, report]
 
 
 def reported_models(config: ChainConfig) -> tuple[ReportedModel, ...]:
-    """The networks of the chain: the source and every target, each beside its control."""
-    targets = (TransferTarget(name=_SOURCE_NAME), *config.transfer)
+    """The networks of the chain: the source, where it is trained, and every target, each beside its control."""
+    source = () if config.bank else (TransferTarget(name=_SOURCE_NAME),)
+    targets = (*source, *config.transfer)
     return tuple(_reported(config, target, control=control) for target in targets for control in (False, True))
 
 
 def _datasets(config: ChainConfig) -> dict[str, DataConfig]:
     own = {target.name: target.data for target in config.transfer if target.data is not None}
+    if config.bank is not None and len(own) == len(config.transfer):
+        return own
     return {"source": config.data, **own}
 
 

@@ -10,11 +10,12 @@ from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
 from pipeline.report import PAGE, ModelCard, ReportInputs, Trial, build_report
-from pipeline.report.inputs import Role
-from pipeline.stages.freeze import FrozenBank
+from pipeline.report.inputs import Learned, Role
+from pipeline.stages.freeze import FrozenBank, frozen_bank
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.search import TunedConfig
 from pipeline.training import TrainedModel, load_model
+from sparta_models import ActivationBank
 
 if TYPE_CHECKING:
     from pipeline.stages.train import TrainTask
@@ -48,6 +49,8 @@ class ReportTask:
     bank: str
     search: str | None
     seed: int
+    trained_here: bool = True
+    """Whether the bank is the first model's activation; False: it was trained elsewhere."""
 
 
 def report_node(task: ReportTask) -> Node[ReportTask]:
@@ -64,6 +67,7 @@ def _report(context: StageContext[ReportTask]) -> StageResult:
     inputs = ReportInputs(
         title=task.report.title or task.chain,
         models=tuple(_card(context, model) for model in task.models),
+        learned=None if task.trained_here else _learned(frozen_bank(context.upstream[task.bank])),
         trials=_trials(context, task.search),
         sweep_pictures=_sweep_pictures(context, task.search),
         reference=frozen.reference,
@@ -77,6 +81,14 @@ def _report(context: StageContext[ReportTask]) -> StageResult:
         context.run.artifact(path)
     _tell_chain(context.services.chain_run, inputs, context.directory)
     return StageResult({"page": PAGE}, sorted(str(path.relative_to(context.directory)) for path in report.files))
+
+
+def _learned(bank: ActivationBank) -> Learned:
+    return Learned(
+        dataset=bank.source.get("dataset", "data that the bank does not name"),
+        architecture=bank.architecture,
+        activation=bank.spec.name,
+    )
 
 
 def _tell_chain(run: "ChainRun", inputs: ReportInputs, directory: Path) -> None:

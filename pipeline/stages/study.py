@@ -1,7 +1,8 @@
 """A study as nodes: every network of every seed, the main activation frozen and transferred, all judged, one page.
 
 Branches are named CONTENDER-sSEED, TARGET-CONTENDER-sSEED on a transfer target, and standard-CONTENDER-sSEED where the
-training has no attack. On a target three networks compete: the frozen activation ("frozen"), the same activation
+training has no attack. With an activation that was trained elsewhere there are transfer targets alone, and it is the
+same for all seeds. On a target three networks compete: the frozen activation ("frozen"), the same activation
 learned there from scratch ("learned"), and the control. Finalists are judged twice, the second time as final-BRANCH.
 """
 
@@ -67,7 +68,7 @@ def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
     pretrain = [node for node in trainers.values() if node.stage == "pretrain"]
     freeze = [
         freeze_node(FreezeTask(f"pretrain:{MAIN}-s{seed}", SOURCE_DATA, _threat(config)), branch=f"s{seed}")
-        for seed in (study.seeds if config.transfer else ())
+        for seed in (study.seeds if config.transfer and not config.bank else ())
     ]
     transfer = [node for node in trainers.values() if node.stage == "transfer"]
     judged = [
@@ -81,7 +82,8 @@ def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
 def _networks(config: ChainConfig, study: StudyConfig) -> Iterator[Network]:
     adversarial = RegimeConfig(training=config.training, evaluation=config.evaluation)
     for seed in study.seeds:
-        yield from _at_home(config, study, seed, adversarial, ADVERSARIAL)
+        if config.bank is None:
+            yield from _at_home(config, study, seed, adversarial, ADVERSARIAL)
         if study.standard is not None:
             yield from _at_home(config, study, seed, study.standard, STANDARD)
         for target in config.transfer:
@@ -95,7 +97,7 @@ def _finalists(config: ChainConfig, study: StudyConfig, final: FinalConfig) -> I
     names = {MAIN, CONTROL, FROZEN, *final.contenders}
     regime = RegimeConfig(training=config.training, evaluation=final.evaluation)
     for seed in study.seeds:
-        networks = [*_at_home(config, study, seed, regime, ADVERSARIAL)]
+        networks = [] if config.bank else [*_at_home(config, study, seed, regime, ADVERSARIAL)]
         for target in config.transfer:
             if final.targets is None or target.name in final.targets:
                 networks += _on_target(config, target, seed)
@@ -165,7 +167,7 @@ def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterat
                 training=target.training or config.training,
                 seed=seed,
                 data=f"prepare:{target.name}" if target.data is not None else SOURCE_DATA,
-                bank=f"freeze:s{seed}" if frozen else None,
+                bank=None if not frozen else "freeze:bank" if config.bank else f"freeze:s{seed}",
                 adapt=target.adapt if frozen else None,
             ),
             evaluation=config.evaluation,

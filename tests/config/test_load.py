@@ -57,6 +57,9 @@ def test_overlay_is_checked_like_a_file() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("bank={}", "bank: .*expected one of pretrained, registered and path, got none"),
+        ("bank={pretrained: a, path: b}", "got pretrained and path"),
+        ("bank.registered=sparta-activation@champion", "NAME/VERSION, got 'sparta-activation@champion'.*registry show"),
         ("trainng.epochs=3", r"unknown key 'trainng'; did you mean 'training'\?"),
         ("training.epoch=3", r"unknown key 'training\.epoch'; did you mean 'epochs'\?; known here: .*batch_size"),
         ("transfer.0.nmae=x", r"unknown key 'transfer\.0\.nmae'; did you mean 'name'\?"),

@@ -13,6 +13,7 @@ from pipeline.evaluation.records import ClassResult
 from pipeline.evaluation.stats import Accuracy
 from pipeline.report import Report, ReportInputs, build_report
 from pipeline.report.charts import pareto_front
+from pipeline.report.inputs import Learned
 from sparta_models import ACTIVATIONS
 from tests.report.conftest import load, make_card
 
@@ -94,6 +95,20 @@ def test_the_transfer_matrix_is_a_table_of_its_own(report: Report, inputs: Repor
     assert (line["learned_on"], line["dataset"], line["control"]) == ("digits04", "digits59", "relu")
     assert (float(line["robust"]), float(line["control_robust_high"])) == (frozen.value, control.high)
     assert float(line["robust_gain"]) == pytest.approx(frozen.value - control.value)
+
+
+def test_an_activation_that_was_trained_elsewhere_is_told_by_where_that_was(inputs: ReportInputs, tmp_path: Path):
+    cards = tuple(card for card in inputs.models if card.target != "source")
+    learned = Learned(dataset="cifar10", architecture="resnet18", activation="sparta")
+    elsewhere = ReportInputs(title="t", models=cards, learned=learned)
+    report = build_report(elsewhere, tmp_path, ReportConfig(num_pictures=0))
+    lines = table(report, "transfer")
+    assert {(line["learned_on"], line["learned_in"], line["frozen"]) for line in lines} == {
+        ("cifar10", "resnet18", "True")
+    }
+    page = report.page.read_text(encoding="utf-8")
+    assert re.search(r'<th scope="row">cifar10<span class="interval">sparta in resnet18</span>', page)
+    assert "trained with it" not in page
 
 
 def test_the_two_by_two_is_a_table_of_its_own(report: Report, inputs: ReportInputs):

@@ -1,14 +1,16 @@
 """Which nodes a configuration makes, and what their identity depends on."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.artifacts import fingerprint
 from pipeline.config.chain import ChainConfig
-from pipeline.config.load import load_config
+from pipeline.config.load import ConfigError, load_config
 from pipeline.stages.graph import STAGES, head, reported_models, tail
 from pipeline.stages.node import Node
+from sparta_models import ActivationBank, build_model
 
 
 def nodes(*overrides: str) -> dict[str, Node[Any]]:
@@ -93,3 +95,39 @@ def test_chain_without_targets_still_freezes_and_reports() -> None:
     assert "freeze:bank" in keys
     assert "report:page" in keys
     assert not any(key.startswith("transfer") for key in keys)
+
+
+TAKEN = "bank.pretrained=cifar10-resnet8-linf8"
+
+
+def test_activation_from_elsewhere_is_taken_to_the_targets_and_no_source_is_trained() -> None:
+    found = nodes(TAKEN)
+    assert not any(key.startswith(("search", "pretrain")) or "source-" in key for key in found)
+    assert found["freeze:bank"].needs == ()
+    assert found["freeze:bank"].sections == {"bank": ActivationBank.pretrained("cifar10-resnet8-linf8").digest}
+    assert "freeze:bank" in found["transfer:deeper"].needs
+    assert "freeze:bank" not in found["transfer:deeper-control"].needs
+    assert [model.role for model in found["report:page"].task.models] == ["transfer", "control"] * 2
+    seen: set[str] = set()
+    for key, node in found.items():
+        assert set(node.needs) <= seen
+        seen.add(key)
+
+
+def test_source_data_is_prepared_beside_a_bank_only_where_a_target_trains_on_it() -> None:
+    assert "prepare:source" in nodes(TAKEN)
+    own = "transfer=[{name: a, data: {dataset: digits}}, {name: b, data: {dataset: digits}}]"
+    assert {key for key in nodes(TAKEN, own) if key.startswith("prepare")} == {"prepare:a", "prepare:b"}
+
+
+def test_bank_in_a_folder_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    network = build_model("resnet8", width=4, activation="frelu")
+    for name in ("one", "other"):
+        ActivationBank.from_model(network).save(tmp_path / name)
+    first, second = (nodes(f"bank.path={tmp_path / name}")["freeze:bank"].sections for name in ("one", "other"))
+    assert first == second
+    (tmp_path / "one" / "bank.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ConfigError, match="bank: .*one"):
+        nodes(f"bank.path={tmp_path / 'one'}")
+    with pytest.raises(ConfigError, match="among cifar10-resnet8-linf8, got 'imagenet'"):
+        nodes("bank.pretrained=imagenet")

@@ -94,10 +94,24 @@ def test_finalists_are_trained_once_and_judged_twice() -> None:
     assert with_final["evaluate:sparta-s1"].task == without["evaluate:sparta-s1"].task
 
 
+def test_of_an_activation_from_elsewhere_there_are_transfers_alone() -> None:
+    bank = ("bank.pretrained=cifar10-resnet8-linf8", "study.contenders=[]")
+    every = nodes("study_quick", *bank, "study.final={evaluation: {attacks: full}}")
+    assert {key.rpartition("-")[0] for key in every if key.startswith(("pretrain:", "transfer:"))} == {
+        f"transfer:{target}-{name}" for target in ("deeper", "digits-5-9") for name in ("frozen", "learned", "control")
+    }
+    assert [key for key in every if key.startswith("freeze")] == ["freeze:bank"]
+    for seed in (0, 1):
+        assert every[f"transfer:deeper-frozen-s{seed}"].needs == ("prepare:source", "freeze:bank")
+        assert f"evaluate:final-deeper-frozen-s{seed}" in every
+    assert "evaluate:final-sparta-s0" not in every
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("study.seeds=[0]", "study.seeds"),
+        ("bank.pretrained=cifar10-resnet8-linf8", "training the source, which study.contenders would need"),
         ("study.seeds=[1, 1]", "different seeds"),
         ("study.contenders=[{name: sparta, activation: {name: silu}}]", "the chain's own network"),
         (
