@@ -2,6 +2,7 @@
 
     python infra/results.py --take RUNS                  # after `make study`: results/ anew
     python infra/results.py --add RUNS                   # after a part of it: its networks beside those of results/
+    python infra/results.py --sweep RUNS                 # after a search: its trials into results/sweep
     python infra/results.py --ship NAME RUNS             # ship its best activation as a pretrained bank
     python infra/results.py                              # only write the quotations again
 
@@ -11,6 +12,7 @@ the study's figures too.
 """
 
 import argparse
+import csv
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from pipeline.artifacts import RECORD as STAGE_RECORD  # noqa: E402
+from pipeline.artifacts import load_record  # noqa: E402
 from pipeline.report.study import Entry, Study  # noqa: E402
 from pipeline.report.study_page import (  # noqa: E402
     COLUMNS,
@@ -32,6 +36,7 @@ from sparta_models import ActivationBank  # noqa: E402
 from sparta_models.bank import PRETRAINED  # noqa: E402
 
 RESULTS = ROOT / "results"
+SWEEP = RESULTS / "sweep"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 FINALISTS = ": finalists"
 CARD = "card.md"
@@ -65,6 +70,58 @@ def add(runs: Path) -> None:
     )
 
 
+def take_sweep(runs: Path) -> None:
+    """Copy what a chain's search left, with its record, in place of an earlier one."""
+    found = output(runs, "search", "best")
+    record = load_record(found)
+    if record is None:
+        raise SystemExit(f"expected a finished search in {found}, got none")
+    shutil.rmtree(SWEEP, ignore_errors=True)
+    SWEEP.mkdir()
+    for name in (STAGE_RECORD, *record.outputs):
+        shutil.copyfile(found / name, SWEEP / name)
+
+
+def sweep() -> list[str]:
+    """For docs/results.md: every trial of the sweep, the best first, and the means over all other settings."""
+    record = load_record(SWEEP)
+    if record is None:
+        return []
+    settings = record.inputs["sections"]
+    with (SWEEP / "trials.csv").open(newline="", encoding="utf-8") as file:
+        trials = sorted(csv.DictReader(file), key=lambda row: -float(row["robust"] or 0))
+    names = list(trials[0])[8:-1]  # the table's own columns stand before, the error behind
+    rows = [
+        (t["trial"], *(_value(n, t[n]) for n in names), *(_percent(t[w]) for w in ("clean", "robust"))) for t in trials
+    ]
+    means = []
+    for name in names:
+        for value in sorted({t[name] for t in trials}, key=float):
+            those = [t for t in trials if t[name] == value and t["robust"]]
+            mean = [_percent(sum(float(t[w]) for t in those) / len(those)) for w in ("clean", "robust")]
+            means.append((name, _value(name, value), str(len(those)), *mean))
+    return [
+        "### A sweep",
+        "",
+        f"{len(trials)} trials of {settings['search']['epochs']} epochs over {', '.join(settings['search']['space'])}, "
+        f"judged on validation images; search `{record.fingerprint[:12]}`.",
+        "",
+        *grid(("setting", "value", "trials", "mean clean %", "mean robust %"), means),
+        "",
+        *grid(("trial", *names, "clean %", "robust %"), rows),
+        "",
+    ]
+
+
+def _percent(share: str | float) -> str:
+    return f"{100 * float(share):.1f}" if share != "" else "failed"
+
+
+def _value(name: str, text: str) -> str:
+    value = float(text)
+    return f"{255 * value:.3g}/255" if name.endswith("eps") else f"{value:.4g}"
+
+
 def whole(found: Study) -> str:
     """For docs/results.md: all tables and comparisons, and what every row was trained and judged as."""
     rows = [
@@ -72,7 +129,7 @@ def whole(found: Study) -> str:
         for e in found.entries
     ]
     prints = grid(("group", "contender", "seed", "training", "evaluation", "weights"), rows)
-    return "\n".join([markdown(found), "### Where the figures come from", "", *prints])
+    return "\n".join([markdown(found), *sweep(), "### Where the figures come from", "", *prints])
 
 
 def short(found: Study) -> str:
@@ -149,12 +206,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", type=Path, metavar="RUNS")
     parser.add_argument("--add", type=Path, metavar="RUNS")
+    parser.add_argument("--sweep", type=Path, metavar="RUNS")
     parser.add_argument("--ship", nargs=2, metavar=("NAME", "RUNS"))
     args = parser.parse_args()
     if args.take:
         write_study(of(args.take), RESULTS)
     if args.add:
         add(args.add)
+    if args.sweep:
+        take_sweep(args.sweep)
     found = study()
     for path, block in ((ROOT / "README.md", short(found)), (ROOT / "docs" / "results.md", whole(found))):
         path.write_text(updated(path.read_text(encoding="utf-8"), block), encoding="utf-8")

@@ -18,7 +18,7 @@ from typing import Any
 
 from tune_spaces.distributions import Choice, Distribution, Integer, Relative, Rule, Space, Uniform, When
 
-SPACES = ("activation", "attack", "joint", "optim")
+SPACES = ("activation", "attack", "joint", "optim", "strength")
 """Names of the spaces that come with the project."""
 
 

@@ -127,7 +127,7 @@ def test_bank_in_a_folder_is_known_by_what_it_holds(tmp_path: Path) -> None:
     first, second = (nodes(f"bank.path={tmp_path / name}")["freeze:bank"].sections for name in ("one", "other"))
     assert first == second
     (tmp_path / "one" / "bank.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ConfigError, match="bank: .*one"):
+    with pytest.raises(ConfigError, match=r"bank: .*one"):
         nodes(f"bank.path={tmp_path / 'one'}")
     with pytest.raises(ConfigError, match="among cifar10-resnet8-linf8, got 'imagenet'"):
         nodes("bank.pretrained=imagenet")

@@ -206,5 +206,5 @@ def test_a_file_that_may_not_be_read_is_a_clear_error(method, tmp_path: Path, mo
 
 
 def test_an_unknown_space_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"activation, attack, joint, optim.*got 'atack'"):
+    with pytest.raises(ValueError, match=r"activation, attack, joint, optim, strength.*got 'atack'"):
         load_space("atack")
