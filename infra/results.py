@@ -74,7 +74,7 @@ def take_sweep(runs: Path) -> None:
     """Copy what a chain's search left, with its record, in place of an earlier one."""
     found = output(runs, "search", "best")
     record = load_record(found)
-    if record is None:
+    if record is None or not sweep(found):
         raise SystemExit(f"expected a finished search in {found}, got none")
     shutil.rmtree(SWEEP, ignore_errors=True)
     SWEEP.mkdir()
@@ -82,13 +82,13 @@ def take_sweep(runs: Path) -> None:
         shutil.copyfile(found / name, SWEEP / name)
 
 
-def sweep() -> list[str]:
-    """For docs/results.md: every trial of the sweep, the best first, and the means over all other settings."""
-    record = load_record(SWEEP)
+def sweep(folder: Path = SWEEP) -> list[str]:
+    """For docs/results.md: every trial of a sweep, the best first, and for every value the mean over its trials."""
+    record = load_record(folder)
     if record is None:
         return []
     settings = record.inputs["sections"]
-    with (SWEEP / "trials.csv").open(newline="", encoding="utf-8") as file:
+    with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
         trials = sorted(csv.DictReader(file), key=lambda row: -float(row["robust"] or 0))
     names = list(trials[0])[8:-1]  # the table's own columns stand before, the error behind
     rows = [
@@ -96,7 +96,7 @@ def sweep() -> list[str]:
     ]
     means = []
     for name in names:
-        for value in sorted({t[name] for t in trials}, key=float):
+        for value in sorted({t[name] for t in trials if t["robust"]}, key=_order):
             those = [t for t in trials if t[name] == value and t["robust"]]
             mean = [_percent(sum(float(t[w]) for t in those) / len(those)) for w in ("clean", "robust")]
             means.append((name, _value(name, value), str(len(those)), *mean))
@@ -117,9 +117,19 @@ def _percent(share: str | float) -> str:
     return f"{100 * float(share):.1f}" if share != "" else "failed"
 
 
+def _order(text: str) -> tuple[float, str]:
+    """Numbers by size, words behind them."""
+    try:
+        return float(text), ""
+    except ValueError:
+        return float("inf"), text
+
+
 def _value(name: str, text: str) -> str:
-    value = float(text)
-    return f"{255 * value:.3g}/255" if name.endswith("eps") else f"{value:.4g}"
+    number, word = _order(text)
+    if word or not text:
+        return word or "–"
+    return f"{255 * number:.3g}/255" if name.rpartition(".")[2] == "eps" else f"{number:.4g}"
 
 
 def whole(found: Study) -> str:

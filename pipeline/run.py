@@ -22,7 +22,7 @@ from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
 from pipeline.config.tracking import redact
 from pipeline.data import DataError
-from pipeline.stages.graph import STAGES, head, tail, tuned
+from pipeline.stages.graph import STAGES, head, settled, tail, tuned
 from pipeline.stages.node import Node
 from pipeline.stages.services import Services
 from pipeline.stages.summary import closing_lines
@@ -85,8 +85,9 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
             services.check_cluster(searching="search" in ahead)
         with chain.alone():
             chain.execute(_chosen(head(config), STAGES[: last + 1]), services)
-            config = tuned(config, chain.done)
-            chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)
+            if settled(config, chain.done):
+                config = tuned(config, chain.done)
+                chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)
         if chain.failed:
             services.chain_run.fail()
     print(closing_lines(config, chain.output, chain.done, chain.failed))

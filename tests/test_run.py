@@ -188,6 +188,19 @@ def test_another_chain_is_kept_out_while_the_search_is_read(tmp_path: Path, monk
     assert len(refused) == 1
 
 
+@pytest.mark.slow
+def test_nothing_is_trained_without_the_activation_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert run.main(["bank.registered=sparta-activation/9", "--until", "transfer"]) == 1
+    printed = capsys.readouterr().out
+    assert "is not in the registry; known: nothing yet" in printed
+    assert "\n1 not done:\n  freeze:bank: " in printed
+    assert not re.search("^transfer", printed, re.MULTILINE)
+    assert not (tmp_path / "runs" / "demo" / "transfer").exists()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_a_cluster_that_refuses_the_token_is_one_line_and_exit_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -120,10 +120,14 @@ def test_again_at_once_everything_is_up_to_date_and_no_ray_starts(done: tuple[Pa
 
 def test_another_chain_takes_the_activation_from_the_registry(done: tuple[Path, str]) -> None:
     root, _ = done
-    ended = run(root, "name=reuse", "bank.registered=sparta-activation/1", "training.epochs=1", "--until", "transfer")
+    ended = run(root, "name=reuse", "bank.registered=sparta-activation/1", "training.epochs=1")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    expected = {"prepare:source", "freeze:bank", "transfer:wider", "transfer:wider-control"}
-    assert set(node_lines(ended.stdout, "done")) == expected
+    both = {f"{stage}:wider{role}" for stage in ("transfer", "evaluate") for role in ("", "-control")}
+    assert set(node_lines(ended.stdout, "done")) == {"prepare:source", "freeze:bank", "report:page", *both}
+    assert re.search(r"^wider +transfer +resnet8 +sparta \(frozen\)", ended.stdout, re.MULTILINE)
+    page = (root / "reuse" / "report.html").read_text()
+    assert re.search(r'<th scope="row">digits 0-4<span class="interval">sparta in resnet8</span>', page)
+    assert "sparta-activation/1" in page
     digests = []
     for chain in ("small", "reuse"):
         (record,) = (root / chain / "transfer" / "wider").glob("*/artifact.json")

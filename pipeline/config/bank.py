@@ -1,9 +1,9 @@
 """Where an activation comes from that was trained elsewhere."""
 
 import re
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config.base import Section
 
@@ -17,8 +17,8 @@ class BankConfig(Section):
     """Name of a bank that ships with the package, see `sparta_models.pretrained_banks`."""
     registered: str | None = None
     """NAME/VERSION in the registry of `tracking.uri`; no alias, which may point elsewhere tomorrow."""
-    path: str | None = None
-    """Folder that `ActivationBank.save` or `python -m pipeline.registry pull` wrote."""
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """Folder that `ActivationBank.save` or `python -m pipeline.registry pull` wrote; also looked for in SPARTA_DATA."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

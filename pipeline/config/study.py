@@ -70,7 +70,6 @@ class StudyConfig(Section):
         if taken := sorted(set(names) & set(RESERVED)):
             raise ValueError(f"study.contenders: {', '.join(taken)} names the chain's own network; rename it")
         if self.final and (unknown := sorted(set(self.final.contenders) - set(names))):
-            raise ValueError(
-                f"study.final.contenders expected names among {', '.join(names)}, got {', '.join(unknown)}"
-            )
+            known = f"names among {', '.join(names)}" if names else "none, as study.contenders has none"
+            raise ValueError(f"study.final.contenders expected {known}, got {', '.join(unknown)}")
         return self

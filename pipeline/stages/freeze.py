@@ -1,8 +1,9 @@
 """freeze: the activation, trained here or brought from elsewhere, becomes a version in the registry."""
 
+import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -11,14 +12,17 @@ from pipeline.config.bank import BankConfig
 from pipeline.config.base import one_line
 from pipeline.config.load import ConfigError
 from pipeline.data import PreparedData
+from pipeline.data.paths import resolve_path
 from pipeline.evaluation.stats import Accuracy
 from pipeline.stages.node import Finished, Node, StageContext, StageResult, one_by_one
+from pipeline.tracking import bank_digest
 from pipeline.tracking.origin import git_commit
 from pipeline.training import TrainedModel, load_model
 from sparta_models import ActivationBank, Sparta
 from sparta_models.files import SCHEMA
 
 BANK = "bank"
+ALIAS = "candidate"
 
 
 class FrozenBank(BaseModel):
@@ -32,8 +36,8 @@ class FrozenBank(BaseModel):
     """Digest of the activation's tensors and specification."""
     reference: str | None
     """NAME/VERSION in the registry; None while MLflow is away."""
-    alias: str
-    """Alias given at registration."""
+    alias: str | None
+    """Alias given at registration; None: it was trained elsewhere, and no alias moved."""
 
 
 @dataclass(frozen=True)
@@ -57,54 +61,70 @@ def freeze_node(task: FreezeTask, branch: str = "bank") -> Node[FreezeTask]:
 class BankTask:
     """An activation that was trained elsewhere."""
 
-    bank: BankConfig
+    config: BankConfig
+    content: Mapping[str, Any]
+    """What identifies it."""
 
 
-def bank_node(task: BankTask) -> Node[BankTask]:
-    """The node that takes in an activation that was trained elsewhere. Its identity is what the files hold.
+def bank_node(config: BankConfig) -> Node[BankTask]:
+    """The node that takes in an activation that was trained elsewhere. Its identity is what the bank holds and says of
+    itself; that of a registered one is its version, which the node looks up.
 
     Raises:
-        ConfigError: where there is no such bank, or a damaged one. A version of the registry is first asked for by
-            the node itself.
+        ConfigError: where there is no such bank, or a damaged one.
     """
-    bank = task.bank
-    content = bank.registered if bank.registered is not None else _local(bank).digest
-    return Node("freeze", "bank", task, {"bank": content}, run_bank)
+    content = {"registered": config.registered} if config.registered is not None else _content(_local(config))
+    return Node("freeze", "bank", BankTask(config, content), {"bank": content}, run_bank)
 
 
 def _local(config: BankConfig) -> ActivationBank:
     try:
         if config.pretrained is not None:
             return ActivationBank.pretrained(config.pretrained)
-        return ActivationBank.load(Path(config.path or "").expanduser())
-    except (ValueError, OSError) as error:
+        assert config.path is not None
+        return ActivationBank.load(resolve_path(config.path, "bank.path"))
+    except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(f"bank: {one_line(error)}") from error
 
 
+def _content(bank: ActivationBank) -> dict[str, Any]:
+    return {"digest": bank.digest, "architecture": bank.architecture, "source": dict(bank.source)}
+
+
 def _take_in(context: StageContext[BankTask]) -> StageResult:
-    config, directory = context.task.bank, context.directory / BANK
+    config, directory = context.task.config, context.directory / BANK
     if config.registered is not None:
-        reference: str | None = context.services.registry.pull(config.registered, directory).reference
-        bank = ActivationBank.load(directory)
+        shutil.rmtree(directory, ignore_errors=True)  # of an earlier attempt, perhaps damaged since
+        context.services.registry.pull(config.registered, directory)
         context.run.activation(config.registered)
-    else:
-        bank = _local(config)
-        bank.save(directory)
-        tags = {
-            **bank.source,
-            "architecture": bank.architecture,
-            "activation": bank.spec.name,
-            "digest": bank.digest,
-            "schema": str(SCHEMA),
-            "taken_from": config.label,
-        }
-        description = f"{bank.spec.name} activation of {bank.architecture}, trained elsewhere ({config.label})."
-        reference = context.run.register(directory, tags=tags, description=description, alias="candidate")
-    return _result(context, bank, reference)
+        return _result(context, ActivationBank.load(directory), config.registered, alias=None)
+    bank = _local(config)
+    if _content(bank) != context.task.content:
+        raise ValueError(
+            f"expected the bank ({config.label}) as it was when the chain began, got another one; start again"
+        )
+    bank.save(directory)
+    return _result(context, bank, _version(context, bank), alias=None)
 
 
-def _result(context: StageContext[Any], bank: ActivationBank, reference: str | None) -> StageResult:
-    frozen = FrozenBank(directory=BANK, digest=bank.digest, reference=reference, alias="candidate")
+def _version(context: StageContext[BankTask], bank: ActivationBank) -> str | None:
+    """The version of the registry that holds the bank, a new one where there is none; None while MLflow is away."""
+    directory, label = context.directory / BANK, context.task.config.label
+    try:
+        known = context.services.registry.holding(bank_digest(directory)).reference
+    except (ValueError, ConnectionError):
+        own = {"architecture": bank.architecture, "activation": bank.spec.name, "digest": bank.digest}
+        tags = {**bank.source, **own, "schema": str(SCHEMA), "taken_from": label}
+        description = f"{bank.spec.name} activation of {bank.architecture}, trained elsewhere ({label})."
+        return context.run.register(directory, tags=tags, description=description, alias=None)
+    context.run.activation(known)
+    return known
+
+
+def _result(
+    context: StageContext[Any], bank: ActivationBank, reference: str | None, *, alias: str | None
+) -> StageResult:
+    frozen = FrozenBank(directory=BANK, digest=bank.digest, reference=reference, alias=alias)
     files = sorted(f"{BANK}/{path.name}" for path in (context.directory / BANK).iterdir())
     return StageResult(frozen.model_dump(mode="json"), files)
 
@@ -144,8 +164,8 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
         f"{bank.spec.name} activation of {bank.architecture}, adversarially trained on {prepared.name} "
         f"({task.threat}); frozen, {len(bank.entries)} functions."
     )
-    reference = context.run.register(directory, tags=tags, description=description, alias="candidate")
-    return _result(context, bank, reference)
+    reference = context.run.register(directory, tags=tags, description=description, alias=ALIAS)
+    return _result(context, bank, reference, alias=ALIAS)
 
 
 def _accuracies(trained: TrainedModel, source: Finished, prepared: PreparedData) -> dict[str, str]:

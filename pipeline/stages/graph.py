@@ -14,7 +14,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.load import overlay
 from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
-from pipeline.stages.freeze import BankTask, FreezeTask, bank_node, freeze_node, frozen_bank
+from pipeline.stages.freeze import FreezeTask, bank_node, freeze_node, frozen_bank
 from pipeline.stages.node import Finished, Node
 from pipeline.stages.prepare import PrepareTask, prepare_node
 from pipeline.stages.report import ReportedModel, ReportTask, report_node
@@ -39,8 +39,13 @@ def head(config: ChainConfig, *, planning: bool = False) -> list[Node[Any]]:
     if config.search.enabled:
         nodes.append(search_node(SearchTask(config, _SOURCE_DATA)))
     if config.bank is not None:
-        nodes.append(bank_node(BankTask(config.bank)))
+        nodes.insert(0, bank_node(config.bank))  # a version that is not there is known before any data is read
     return nodes
+
+
+def settled(config: ChainConfig, done: Mapping[str, Finished]) -> bool:
+    """Whether all that `tuned` lays over the configuration is known."""
+    return (not config.search.enabled or _SEARCH in done) and (config.bank is None or _BANK in done)
 
 
 def tuned(config: ChainConfig, done: Mapping[str, Finished]) -> ChainConfig:

@@ -1,11 +1,13 @@
 """The committed study is where every figure of README, docs/results.md and the shipped banks comes from."""
 
 import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from pipeline.artifacts import StageRecord, damaged_output, digest_outputs, load_record, save_record
 from sparta_models import ActivationBank, build_model, pretrained_banks
 from sparta_models.bank import PRETRAINED
 from tests.infra.conftest import ROOT, script
@@ -39,6 +41,41 @@ def test_the_prose_around_the_results_quotes_no_figure_of_its_own(results: Modul
 
 def test_the_studys_own_tables_are_made_of_its_record(results: ModuleType) -> None:
     assert (ROOT / "results" / "results.md").read_text(encoding="utf-8") == results.markdown(results.study())
+
+
+def test_a_sweep_is_shown_with_its_means(results: ModuleType, tmp_path: Path) -> None:
+    space = {"training.threat.eps": "", "training.method.attack.steps": "", "training.method.kind": ""}
+    lines = [
+        "trial,state,epochs,clean,robust,best_epoch,front,seconds,eps,steps,kind,error",
+        f"1,finished,2,0.5,0.25,2,0,9.0,{4 / 255},10,pgd_at,",
+        f"2,finished,2,0.4,0.375,2,1,9.0,{8 / 255},10,trades,",
+        f"3,failed,0,,,,0,9.0,{8 / 255},,standard,NaN",
+    ]
+    (tmp_path / "trials.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record = StageRecord(
+        stage="search", branch="best", fingerprint="a" * 64, payload={}, output_digest="b" * 64,
+        inputs={"sections": {"search": {"space": space, "epochs": 2}}},
+        outputs=digest_outputs(tmp_path, ["trials.csv"]),
+    )  # fmt: skip
+    save_record(tmp_path, record)
+    text = "\n".join(results.sweep(tmp_path))
+    assert "3 trials of 2 epochs" in text
+    assert f"search `{'a' * 12}`" in text
+    for row in (
+        "| eps | 4/255 | 1 | 50.0 | 25.0 |",
+        "| eps | 8/255 | 1 | 40.0 | 37.5 |",
+        "| steps | 10 | 2 | 45.0 | 31.2 |",
+        "| 2 | 8/255 | 10 | trades | 40.0 | 37.5 |\n| 1 |",
+        "| 3 | 8/255 | – | standard | failed | failed |",
+    ):
+        assert row in text
+    assert "| kind | standard" not in text
+    assert results.sweep(tmp_path / "none") == []
+
+
+def test_the_committed_sweep_is_as_it_was_written(results: ModuleType) -> None:
+    if (record := load_record(results.SWEEP)) is not None:
+        assert damaged_output(results.SWEEP, record) is None
 
 
 def test_accuracies_are_those_of_the_images(results: ModuleType) -> None:

@@ -104,7 +104,7 @@ def test_activation_from_elsewhere_is_taken_to_the_targets_and_no_source_is_trai
     found = nodes(TAKEN)
     assert not any(key.startswith(("search", "pretrain")) or "source-" in key for key in found)
     assert found["freeze:bank"].needs == ()
-    assert found["freeze:bank"].sections == {"bank": ActivationBank.pretrained("cifar10-resnet8-linf8").digest}
+    assert found["freeze:bank"].sections["bank"]["digest"] == ActivationBank.pretrained("cifar10-resnet8-linf8").digest
     assert "freeze:bank" in found["transfer:deeper"].needs
     assert "freeze:bank" not in found["transfer:deeper-control"].needs
     assert [model.role for model in found["report:page"].task.models] == ["transfer", "control"] * 2
