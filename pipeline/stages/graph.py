@@ -14,6 +14,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.load import overlay
 from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
+from pipeline.stages.fit import check_fit
 from pipeline.stages.freeze import FreezeTask, bank_node, freeze_node, frozen_bank
 from pipeline.stages.node import Finished, Node
 from pipeline.stages.prepare import PrepareTask, prepare_node
@@ -49,18 +50,30 @@ def settled(config: ChainConfig, done: Mapping[str, Finished]) -> bool:
 
 
 def tuned(config: ChainConfig, done: Mapping[str, Finished]) -> ChainConfig:
-    """The configuration of the other nodes: with the best trial's settings, or the activation of the bank taken in."""
+    """The configuration of the other nodes: with the best trial's settings, or the activation of the bank taken in.
+
+    Raises:
+        ConfigError: where that activation does not fit a target.
+    """
     if (found := done.get(_SEARCH)) is not None:
         return overlay(config, TunedConfig.model_validate(found.record.payload).overrides)
     if config.bank is not None and (taken := done.get(_BANK)) is not None:
-        spec = frozen_bank(taken).spec
+        bank = frozen_bank(taken)
+        check_fit(config, bank)
+        spec = bank.spec
         activation = {"name": spec.name, "sharing": spec.sharing, "options": dict(spec.options)}
         return overlay(config, {"model.activation": activation})
     return config
 
 
 def tail(config: ChainConfig) -> list[Node[Any]]:
-    """The nodes after those of `head`; those of a study, where one is configured."""
+    """The nodes after those of `head`; those of a study, where one is configured.
+
+    Raises:
+        ConfigError: where the activation that will be trained does not fit a target.
+    """
+    if config.bank is None:
+        check_fit(config)
     if config.study is not None:
         return study_nodes(config, config.study)
     models = reported_models(config)

@@ -115,7 +115,7 @@ def test_free_text_of_a_bank_makes_no_version_that_mlflow_refuses(tmp_path: Path
 
 def test_targets_learn_the_activation_of_the_bank(tmp_path: Path) -> None:
     spec = {"name": "sparta", "sharing": "stage", "variant": "depthwise", "kernel_size": 3}
-    bank = ActivationBank.from_model(build_model("resnet8", width=4, activation=spec))
+    bank = ActivationBank.from_model(build_model("resnet8", width=16, activation=spec))
     bank.save(tmp_path / "bank")
     config = load_config("demo", [f"bank.path={tmp_path / 'bank'}"])
     assert config.bank is not None
@@ -127,6 +127,17 @@ def test_targets_learn_the_activation_of_the_bank(tmp_path: Path) -> None:
     assert later.model_copy(update={"model": config.model}) == config
     assert tuned(config, {}) == config
     assert (settled(config, done), settled(config, {})) == (True, False)
+
+
+def test_bank_that_does_not_fit_a_target_is_refused_before_the_controls_are_trained(tmp_path: Path) -> None:
+    small_bank(tmp_path / "bank")
+    narrow = [f"bank.path={tmp_path / 'bank'}", "model.options={width: 8}"]
+    config = load_config("demo", narrow)
+    assert config.bank is not None
+    result, _ = take_in(tmp_path / "out", bank_node(config.bank))
+    assert isinstance(result, StageResult)
+    with pytest.raises(ConfigError, match=r"target deeper: expected 16 channels .* got a function for 4 channels"):
+        tuned(config, {"freeze:bank": finished(tmp_path / "out", result)})
 
 
 def test_bank_that_changed_after_the_plan_is_not_taken_for_the_one_before(tmp_path: Path) -> None:

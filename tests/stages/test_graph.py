@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.artifacts import fingerprint
 from pipeline.config.chain import ChainConfig
@@ -112,6 +113,31 @@ def test_activation_from_elsewhere_is_taken_to_the_targets_and_no_source_is_trai
     for key, node in found.items():
         assert set(node.needs) <= seen
         seen.add(key)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["transfer.0.model.options={width: 24}"], "target deeper: expected 24 channels at site .*; pass adapt="),
+        (["transfer.0.model={name: vgg16}", "transfer.0.adapt=none"], "target deeper: expected .*adapt.* got 'none'"),
+        (["transfer.0.model.options={depth: 3}"], "target deeper: resnet14 cannot be built: .*depth"),
+        (["model.options={width: 0}"], "model: resnet8 cannot be built: .*width"),
+    ],
+)
+def test_target_that_the_activation_does_not_fit_is_refused_before_anything_is_trained(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        nodes(*overrides)
+    assert nodes("transfer.0.model.options={width: 24}", "transfer.0.adapt=mean")
+
+
+def test_trying_the_fit_moves_no_random_numbers() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    nodes()
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_source_data_is_prepared_beside_a_bank_only_where_a_target_trains_on_it() -> None:
