@@ -119,7 +119,10 @@ def test_activation_from_elsewhere_is_taken_to_the_targets_and_no_source_is_trai
     ("overrides", "message"),
     [
         (["transfer.0.model.options={width: 24}"], "target deeper: expected 24 channels at site .*; pass adapt="),
-        (["transfer.0.model={name: vgg16_bn}", "transfer.0.adapt=none"], "target deeper: unknown adapt rule 'none'; known: interpolate, mean"),
+        (
+            ["transfer.0.model={name: vgg16_bn}", "transfer.0.adapt=none"],
+            "target deeper: unknown adapt rule 'none'; known: interpolate, mean",
+        ),
         (["transfer.0.model.options={depth: 3}"], "target deeper: resnet14 cannot be built: .*depth"),
         (["model.options={width: 0}"], "model: resnet8 cannot be built: .*width"),
     ],
