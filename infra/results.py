@@ -88,6 +88,7 @@ def sweep(folder: Path = SWEEP) -> list[str]:
     if record is None:
         return []
     settings = record.inputs["sections"]
+    epochs = settings["search"]["epochs"] or settings["training"]["epochs"]
     with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
         trials = sorted(csv.DictReader(file), key=lambda row: -float(row["robust"] or 0))
     names = list(trials[0])[8:-1]  # the table's own columns stand before, the error behind
@@ -103,7 +104,7 @@ def sweep(folder: Path = SWEEP) -> list[str]:
     return [
         "### A sweep",
         "",
-        f"{len(trials)} trials of {settings['search']['epochs']} epochs over {', '.join(settings['search']['space'])}, "
+        f"{len(trials)} trials of {epochs} epochs over {', '.join(settings['search']['space'])}, "
         f"judged on validation images; search `{record.fingerprint[:12]}`.",
         "",
         *grid(("setting", "value", "trials", "mean clean %", "mean robust %"), means),
