@@ -144,13 +144,15 @@ def whole(found: Study) -> str:
 
 
 def short(found: Study) -> str:
-    """For README: the first table and the finalists', without the columns that say the same in every row."""
+    """For README: all comparisons; of the first group and the finalists the table too, without columns all rows share."""
     keep = [COLUMNS.index(name) for name in ("contender", "activation", "clean %", "robust %", "audit")]
     lines = []
-    for group in [g for g in found.groups if g == found.groups[0] or g.endswith(FINALISTS)]:
-        header, *rows = ([row[i] for i in keep] for row in (COLUMNS, *table_rows(found, group)))
-        lines += [f"*{group}*, {found.judges(group)}:", "", *grid(header, rows)]
-        lines += ["", *(f"- {sentence(comparison)}" for comparison in found.comparisons(group)), ""]
+    for group in found.groups:
+        lines += [f"*{group}*, {found.judges(group)}:", ""]
+        if group == found.groups[0] or group.endswith(FINALISTS):
+            header, *rows = ([row[i] for i in keep] for row in (COLUMNS, *table_rows(found, group)))
+            lines += [*grid(header, rows), ""]
+        lines += [*(f"- {sentence(comparison)}" for comparison in found.comparisons(group)), ""]
     return "\n".join(lines).rstrip()
 
 
