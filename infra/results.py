@@ -144,7 +144,7 @@ def whole(found: Study) -> str:
 
 
 def short(found: Study) -> str:
-    """For README: all comparisons; of the first group and the finalists the table too, without columns all rows share."""
+    """For README: all comparisons; of the first group and the finalists the table too, less columns all rows share."""
     keep = [COLUMNS.index(name) for name in ("contender", "activation", "clean %", "robust %", "audit")]
     lines = []
     for group in found.groups:
