@@ -82,8 +82,7 @@ def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
 def _networks(config: ChainConfig, study: StudyConfig) -> Iterator[Network]:
     adversarial = RegimeConfig(training=config.training, evaluation=config.evaluation)
     for seed in study.seeds:
-        if config.bank is None:
-            yield from _at_home(config, study, seed, adversarial, ADVERSARIAL)
+        yield from _at_home(config, study, seed, adversarial, ADVERSARIAL)
         if study.standard is not None:
             yield from _at_home(config, study, seed, study.standard, STANDARD)
         for target in config.transfer:
@@ -97,7 +96,7 @@ def _finalists(config: ChainConfig, study: StudyConfig, final: FinalConfig) -> I
     names = {MAIN, CONTROL, FROZEN, *final.contenders}
     regime = RegimeConfig(training=config.training, evaluation=final.evaluation)
     for seed in study.seeds:
-        networks = [] if config.bank else [*_at_home(config, study, seed, regime, ADVERSARIAL)]
+        networks = [*_at_home(config, study, seed, regime, ADVERSARIAL)]
         for target in config.transfer:
             if final.targets is None or target.name in final.targets:
                 networks += _on_target(config, target, seed)
@@ -113,7 +112,10 @@ def _finalists(config: ChainConfig, study: StudyConfig, final: FinalConfig) -> I
 
 
 def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeConfig, group: str) -> Iterator[Network]:
-    """The source, its control and the contenders, trained on the source's data."""
+    """The source, its control and the contenders, trained on the source's data; none where the activation was trained
+    elsewhere."""
+    if config.bank is not None:
+        return
     rows = [
         Contender.model_construct(name=MAIN, activation=config.model.activation),
         Contender.model_construct(name=CONTROL, activation=config.control),

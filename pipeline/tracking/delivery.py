@@ -237,7 +237,7 @@ def _dataset_input(use: DatasetUse) -> "DatasetInput":
 
 
 def metric_key(key: str) -> str:
-    """MLflow takes letters, digits and _-. :/ in a metric's name."""
+    """MLflow takes letters, digits and _-. :/ in the name of a metric or a tag."""
     return "".join(c if c.isalnum() or c in _METRIC_CHARS else "_" for c in key)
 
 
