@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from pipeline.cluster.capacity import current_capacity, uses_gpu, worker_bundle
 from pipeline.cluster.orphans import freeing_orphans
 from pipeline.cluster.session import ensure_ray
+from pipeline.cluster.signals import raised_as_such
 from pipeline.config.scaling import ScalingConfig
 
 Argument = TypeVar("Argument")
@@ -41,7 +42,8 @@ def run_tasks(
         results: dict[int, Result | Exception] = {}
         waiting = list(index)
         while waiting:
-            ended, waiting = _wait(waiting)
+            with raised_as_such():
+                ended, waiting = ray.wait(waiting, num_returns=1, timeout=_LOOK)
             for reference in ended:
                 number = index[reference]
                 results[number] = _outcome(reference)
@@ -54,18 +56,6 @@ def num_task_slots(scaling: ScalingConfig) -> int:
     """How many calls run at a time, at least 1."""
     capacity = current_capacity(scaling)
     return max(1, capacity.slots(worker_bundle(scaling, capacity)))
-
-
-def _wait(references: list[Any]) -> tuple[list[Any], list[Any]]:
-    """ray.wait for a moment. What the handler of a signal raises, Ray's compiled code keeps until the wait is over, and
-    then passes on as a SystemError."""
-    import ray
-
-    try:
-        ended, waiting = ray.wait(references, num_returns=1, timeout=_LOOK)
-    except SystemError as error:
-        raise (error.__cause__ or error) from None
-    return ended, waiting
 
 
 def _outcome(reference: Any) -> Any:

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and kill -9 in the middle of trainings on Ray: MLflow told, exit code, and on to the same end."""
+"""SIGTERM, Ctrl-C and kill -9 amid trainings and searches on Ray: MLflow told, exit code, and on to the same end."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.cluster.sweep import Trial, load_trials
 from pipeline.config.load import load_config
 from pipeline.tracking import read_history, read_journal
 from tests.faults.chains import Mirror, undisturbed
@@ -28,6 +29,18 @@ SETTINGS = (
     "scaling.num_cpus=2",
 )
 BRANCHES = ("source", "source-control")
+SEARCH = (
+    "name=searched",
+    "transfer=[]",
+    "model.options.width=8",
+    "search.enabled=true",
+    "search.algorithm=random",
+    "search.scheduler=none",
+    "search.num_trials=2",
+    "search.epochs=15",
+    "scaling.num_workers=1",
+    "scaling.num_cpus=1",  # one trial after the other
+)
 KILLED_WITHIN = 3.0  # seconds that Ray leaves a job between SIGTERM and SIGKILL
 pytestmark = [
     pytest.mark.ray,
@@ -37,9 +50,11 @@ pytestmark = [
 
 
 @contextmanager
-def chain(root: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def chain(
+    root: Path, settings: tuple[str, ...] = SETTINGS, until: str = "pretrain"
+) -> Iterator["subprocess.Popen[bytes]"]:
     """A chain under way, killed at the end where it is not over."""
-    command = [sys.executable, "-m", "pipeline.run", *SETTINGS, "--until", "pretrain"]
+    command = [sys.executable, "-m", "pipeline.run", *settings, "--until", until]
     kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
     with (root / "log").open("wb") as log:
@@ -89,13 +104,13 @@ def ray_processes(child: "subprocess.Popen[bytes]", name: str) -> list[psutil.Pr
     return found
 
 
-def seconds_until_killed(mirror: Mirror, child: "subprocess.Popen[bytes]", sent: float) -> float:
-    """Until MLflow says KILLED of the chain and of both trainings, seen while the chain is still ending."""
+def seconds_until_killed(mirror: Mirror, child: "subprocess.Popen[bytes]", sent: float, *names: str) -> float:
+    """Until MLflow says KILLED of all runs of these names, seen while the chain is still ending."""
     ending = True
     while ending:
         ending = child.poll() is None
         found = mirror.statuses()
-        if {found[name][-1] for name in ("stopped", *(f"pretrain:{branch}" for branch in BRANCHES))} == {"KILLED"}:
+        if {found[name][-1] if name in found else "" for name in names} == {"KILLED"}:
             return time.monotonic() - sent
         time.sleep(0.02)
     raise AssertionError(f"it ended without telling MLflow: {found}")
@@ -109,7 +124,8 @@ def test_stopped_killed_and_submitted_again_to_the_same_weights_and_metrics(tmp_
             trainers, sent = ray_processes(child, "RayTrainWorker"), time.monotonic()
             child.send_signal(number)
             if number != signal.SIGKILL:
-                assert seconds_until_killed(mirror, child, sent) < KILLED_WITHIN
+                names = ("stopped", *(f"pretrain:{branch}" for branch in BRANCHES))
+                assert seconds_until_killed(mirror, child, sent, *names) < KILLED_WITHIN
             assert child.wait(60) == code, said(tmp_path)
             _, alive = psutil.wait_procs(trainers, timeout=90)
             assert not alive, "a training outlived its driver"
@@ -137,3 +153,44 @@ def test_stopped_killed_and_submitted_again_to_the_same_weights_and_metrics(tmp_
         assert figures(output) == figures(tmp_path / "undisturbed" / branch)
         journal = read_history(output / "metrics.jsonl")
         assert mirror.history(f"pretrain:{branch}") == {key: sorted(points) for key, points in journal.items()}
+
+
+def trials(root: Path) -> list[Trial]:
+    """The trials of the search, as far as they have come."""
+    return [trial for path in root.glob("searched/search/best/*/trials") for trial in load_trials(path.parent)]
+
+
+def test_a_search_that_is_stopped_keeps_its_trials_and_goes_on_in_the_same_runs(tmp_path: Path) -> None:
+    mirror, space = Mirror(tmp_path), tmp_path / "space.yaml"
+    space.write_text("training.optimizer.lr: {log_uniform: [0.01, 0.1]}")
+    settings = (*SEARCH, f"search.space={space}")
+    with chain(tmp_path, settings, until="search") as child:
+        deadline = time.monotonic() + 240
+        while [len(trial.history) > 2 for trial in trials(tmp_path)] != [True, True]:
+            assert child.poll() is None, said(tmp_path)
+            assert time.monotonic() < deadline, said(tmp_path)
+            time.sleep(0.05)
+        trainers, sent = ray_processes(child, "ray::"), time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        assert seconds_until_killed(mirror, child, sent, "searched", "search:best", "search:trial-2") < KILLED_WITHIN
+        assert child.wait(60) == 143, said(tmp_path)
+        _, alive = psutil.wait_procs(trainers, timeout=90)
+        assert not alive, "a trial outlived its driver"
+    assert "Traceback" not in said(tmp_path)
+    first, second = trials(tmp_path)
+    assert first.finished
+    assert not second.finished, "it was over before it was stopped"
+    assert mirror.statuses()["search:trial-1"] == ["FINISHED"]
+    points = mirror.history("search:trial-1")
+
+    with chain(tmp_path, settings, until="search") as child:
+        assert child.wait(300) == 0, said(tmp_path)
+    runs = ("searched", "prepare:source", "search:best", "search:trial-1", "search:trial-2")
+    assert mirror.statuses() == {name: ["FINISHED"] for name in runs}
+    again, other = trials(tmp_path)
+    assert again == first
+    assert mirror.history("search:trial-1") == points
+    assert [point.epoch for point in other.history] == list(range(1, 16))
+    assert other.history[: len(second.history)] == second.history
+    for name in runs[3:]:
+        assert [epoch for _, epoch in mirror.history(name)["epoch"]] == [point.epoch for point in other.history], name

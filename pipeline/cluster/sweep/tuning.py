@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cluster.capacity import Capacity, preflight, worker_bundle
 from pipeline.cluster.orphans import freeing_orphans
+from pipeline.cluster.signals import raised_as_such
 from pipeline.cluster.sweep.asha import asha
 from pipeline.cluster.sweep.board import Board
 from pipeline.cluster.sweep.pbt import num_checkpoints, pbt
@@ -55,7 +56,7 @@ def run_sweep(sweep: Sweep, space: Space, board: Board) -> None:
             verbose=0,
         ),
     )
-    with freeing_orphans():
+    with freeing_orphans(), raised_as_such():
         tuner.fit()
     shutil.rmtree(sweep.root / "ray", ignore_errors=True)
 
