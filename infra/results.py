@@ -25,20 +25,20 @@ from pipeline.artifacts import load_record  # noqa: E402
 from pipeline.report.study import Entry, Study  # noqa: E402
 from pipeline.report.study_page import (  # noqa: E402
     COLUMNS,
+    LEADS,
+    READING,
     RECORD,
     grid,
     markdown,
-    sentence,
     table_rows,
     write_study,
 )
-from sparta_models import ActivationBank  # noqa: E402
+from sparta_models import ActivationBank, pretrained_banks  # noqa: E402
 from sparta_models.bank import PRETRAINED  # noqa: E402
 
 RESULTS = ROOT / "results"
 SWEEP = RESULTS / "sweep"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-FINALISTS = ": finalists"
 CARD = "card.md"
 
 
@@ -59,15 +59,12 @@ def of(runs: Path) -> Study:
 
 
 def add(runs: Path) -> None:
-    """Put the networks of a part into results/, and say how many of those that were there came out the same."""
+    """Put the networks of a part into results/, beside those that were there and came out the same."""
     known, part = study(), of(runs)
-    write_study(known.joined(part), RESULTS)
-    weights = {entry.key: entry.weights_sha256 for entry in known.entries}
-    again = [entry for entry in part.entries if entry.key in weights]
-    same = sum(weights[entry.key] == entry.weights_sha256 for entry in again)
-    print(
-        f"{len(part.entries) - len(again)} networks added; {same} of {len(again)} known ones had the same weights again"
-    )
+    joined = known.joined(part)
+    write_study(joined, RESULTS)
+    added = len(joined.entries) - len(known.entries)
+    print(f"{added} networks added; {len(part.entries) - added} were there, and came out the same to the last bit")
 
 
 def take_sweep(runs: Path) -> None:
@@ -144,15 +141,13 @@ def whole(found: Study) -> str:
 
 
 def short(found: Study) -> str:
-    """For README: all comparisons; of the first group and the finalists the table too, less columns all rows share."""
-    keep = [COLUMNS.index(name) for name in ("contender", "activation", "clean %", "robust %", "audit")]
-    lines = []
+    """For README: all tables, less the columns that all rows share."""
+    kept = ("contender", "activation", "clean %", "robust %", *LEADS.values(), "audit")
+    keep = [COLUMNS.index(name) for name in kept]
+    lines = [READING, ""]
     for group in found.groups:
-        lines += [f"*{group}*, {found.judges(group)}:", ""]
-        if group == found.groups[0] or group.endswith(FINALISTS):
-            header, *rows = ([row[i] for i in keep] for row in (COLUMNS, *table_rows(found, group)))
-            lines += [*grid(header, rows), ""]
-        lines += [*(f"- {sentence(comparison)}" for comparison in found.comparisons(group)), ""]
+        header, *rows = ([row[i] for i in keep] for row in (COLUMNS, *table_rows(found, group)))
+        lines += [f"*{group}*: {found.judges(group)}", "", *grid(header, rows), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -162,17 +157,16 @@ def updated(text: str, block: str) -> str:
     return f"{text[:begin]}{BEGIN}\n{block}\n{text[end:]}"
 
 
-def card(name: str, entries: list[Entry], threat: str) -> str:
+def card(name: str, entries: list[Entry]) -> str:
     """What a shipped bank is, what its network reached, and what it is not."""
     first = entries[0]
-    trained_against, _, _ = threat.partition(";")
     rows = [(e.group, str(e.clean), str(e.robust), e.audit, f"`{e.evaluated[:12]}`") for e in entries]
     return "\n".join(
         [
             f"# {name}",
             "",
             f"The activation of {first.architecture}, trained adversarially on {first.dataset} "
-            f"({first.epochs} epochs, {trained_against}), seed {first.seed}, chosen on validation images.",
+            f"({first.epochs} epochs, {first.trained_by}), seed {first.seed}, chosen on validation images.",
             "",
             "```python",
             "from sparta_models import ActivationBank, build_model",
@@ -196,22 +190,32 @@ def card(name: str, entries: list[Entry], threat: str) -> str:
 
 
 def ship(name: str, runs: Path) -> None:
-    """Save the activation of the study's best source network, with its card."""
+    """Save the activation of the study's best source network."""
     from pipeline.training import load_model
 
     found = study()
     best = max(found.of(found.groups[0], "sparta"), key=lambda e: e.val_robust)
-    entries = [e for e in found.entries if e.trained == best.trained]
     network = load_model(output(runs, "pretrain", f"sparta-s{best.seed}") / "model")
     source = {
         "dataset": best.dataset,
-        "threat_model": found.threat.partition(";")[0],
+        "threat_model": best.trained_by,
         "training": best.trained,
         "weights_sha256": best.weights_sha256,
     }
     shutil.rmtree(PRETRAINED / name, ignore_errors=True)
     ActivationBank.from_model(network, source=source).save(PRETRAINED / name)
-    (PRETRAINED / name / CARD).write_text(card(name, entries, found.threat), encoding="utf-8")
+
+
+def write_cards() -> None:
+    """The cards of all shipped banks."""
+    for name in pretrained_banks():
+        (PRETRAINED / name / CARD).write_text(card(name, shipped(name)), encoding="utf-8")
+
+
+def shipped(name: str) -> list[Entry]:
+    """What the study says of the network that a shipped bank was trained in."""
+    training = ActivationBank.pretrained(name).source["training"]
+    return [entry for entry in study().entries if entry.role == "main" and entry.trained == training]
 
 
 def main() -> None:
@@ -233,6 +237,7 @@ def main() -> None:
         path.write_text(updated(path.read_text(encoding="utf-8"), block), encoding="utf-8")
     if args.ship:
         ship(args.ship[0], Path(args.ship[1]))
+    write_cards()
 
 
 if __name__ == "__main__":

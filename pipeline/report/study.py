@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from scipy import stats
 
 from pipeline.config.base import Section
@@ -20,6 +20,8 @@ from pipeline.evaluation.stats import CONFIDENCE, Accuracy
 Correct = npt.NDArray[np.bool_]
 What = Literal["clean", "robust"]
 Role = Literal["main", "control", "other"]
+FINALISTS = ": finalists"
+"""How the name of a group ends whose networks are those of another one, judged once more on some of its images."""
 
 
 def _pack(correct: Correct) -> str:
@@ -75,10 +77,16 @@ class Entry(Section):
     """On the test split."""
     robust: Accuracy
     """On the test split: per-example worst case over all attacks."""
+    trained_by: str
+    """Method of the training and, where it has one, its adversary, e.g. "pgd_at at linf 0.03137"."""
+    judged_under: str
+    """The adversary of the evaluation, e.g. "linf 0.03137"."""
     attacks: dict[str, float]
     """Accuracy after each attack of the cascade."""
     audit: str
     """"passed", "off", or the names of the checks that failed."""
+    audited: str
+    """Effort of the audit, e.g. "quick, 64 images"; empty without one."""
     trained: str
     """Fingerprint of the training."""
     evaluated: str
@@ -91,6 +99,11 @@ class Entry(Section):
     """(N,) test images classified correctly."""
     correct_robust: PackedCorrect
     """(N,) test images that no attack fooled."""
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """What has to be the same wherever two networks are compared."""
+        return (self.dataset, f"{self.robust.n:,}", self.trained_by, self.judged_under, ", ".join(self.attacks))
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -107,22 +120,23 @@ class Entry(Section):
 
 
 class Mean(Section):
-    """A mean over seeds with its 95 % t interval; the interval is infinite for one seed."""
+    """A mean over seeds, or over images, with its 95 % t interval; the interval is infinite for one of them."""
 
     value: float
     low: float
     high: float
-    num_seeds: int
+    num: int
+    """How many values it is the mean of."""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Self:
-        """Mean of one value per seed."""
+    def of(cls, values: Sequence[float] | npt.NDArray[np.float64]) -> Self:
+        """Mean of one value per seed, or per image."""
         array = np.asarray(values, dtype=np.float64)
         half = float("inf")
         if array.size > 1:
             half = float(stats.t.ppf((1 + CONFIDENCE) / 2, array.size - 1) * array.std(ddof=1) / array.size**0.5)
         mean = float(array.mean())
-        return cls(value=mean, low=mean - half, high=mean + half, num_seeds=array.size)
+        return cls(value=mean, low=mean - half, high=mean + half, num=array.size)
 
 
 class Comparison(Section):
@@ -133,9 +147,11 @@ class Comparison(Section):
     b: str
     what: What
     over_seeds: Mean
-    """Mean difference and its interval over seeds."""
+    """Mean difference and its interval over seeds, on these images."""
+    over_images: Mean
+    """The same mean, with its interval over images, of these networks: the differences are averaged over seeds."""
     p_images: float
-    """Two-sided p of a paired t test over images, of the differences averaged over seeds."""
+    """Two-sided p of the paired t test that belongs to the interval over images."""
 
     @property
     def clear(self) -> bool:
@@ -146,12 +162,19 @@ class Comparison(Section):
 class Study(Section):
     """Everything that a study's tables are made of."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     """The chain's name."""
-    threat: str
-    """What robust means, in words."""
     entries: tuple[Entry, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _groups_have_the_same_judges(self) -> Self:
+        for group in self.groups:
+            first, *others = [entry for entry in self.entries if entry.group == group]
+            for entry in others:
+                if entry.judges != first.judges:
+                    raise ValueError(f"expected {group} to be judged on {first.judges}, got {entry.judges}")
+        return self
 
     @property
     def groups(self) -> list[str]:
@@ -163,12 +186,12 @@ class Study(Section):
         return list(dict.fromkeys(entry.contender for entry in self.entries if entry.group == group))
 
     def judges(self, group: str) -> str:
-        """In what arithmetic a group's networks were trained, and on what and by which attacks they were judged."""
+        """How a group's networks were trained, and on what and by which attacks they were judged."""
         entries = [entry for entry in self.entries if entry.group == group]
         precisions = " and ".join(sorted({entry.precision for entry in entries}))
-        first = entries[0]
-        judged = f"{first.dataset}, {first.robust.n:,} test images; attacks: {', '.join(first.attacks)}"
-        return f"{judged}; trained in {precisions}"
+        dataset, n, trained_by, judged_under, attacks = entries[0].judges
+        trained = f"trained by {trained_by}, in {precisions}"
+        return f"{dataset}; {trained}; judged under {judged_under} on {n} test images; attacks: {attacks}"
 
     def of(self, group: str, contender: str) -> list[Entry]:
         """One contender's networks, by seed."""
@@ -199,14 +222,16 @@ class Study(Section):
             a=a,
             b=b,
             what=what,
-            over_seeds=Mean.of(gaps.mean(axis=1).tolist()),
+            over_seeds=Mean.of(gaps.mean(axis=1)),
+            over_images=Mean.of(gaps.mean(axis=0)),
             p_images=_p_value(gaps.mean(axis=0)),
         )
 
     def with_role(self, group: str, role: Role) -> list[str]:
-        """Contenders of a role, the best mean robust accuracy first."""
+        """Contenders of a role, those with most seeds first, then the best mean robust accuracy."""
         names = {entry.contender for entry in self.entries if (entry.group, entry.role) == (group, role)}
-        return sorted(names, key=lambda name: (-self.mean(group, name, "robust").value, name))
+        means = {name: self.mean(group, name, "robust") for name in names}
+        return sorted(names, key=lambda name: (-means[name].num, -means[name].value, name))
 
     def comparisons(self, group: str) -> list[Comparison]:
         """The main contender against the control and against the strongest of the others, robust and clean."""
@@ -219,41 +244,61 @@ class Study(Section):
             for what in whats
         ]
 
-    def joined(self, part: Self) -> Self:
-        """This study with the networks that only `part` has; those of both stay as they are here.
+    def first_judgement(self, group: str) -> Self | None:
+        """What the finalists of a group reached in the group that they come from, on those images that they are judged
+        on again: its first ones. None where a network or an image is not the same."""
+        known = {entry.key: entry for entry in self.entries}
+        origin, entries = group.removesuffix(FINALISTS), []
+        for final in self.entries:
+            if final.group != group:
+                continue
+            first, n = known.get((origin, final.contender, final.seed)), final.robust.n
+            if first is None or first is final or not np.array_equal(first.correct_clean[:n], final.correct_clean):
+                return None
+            robust = first.correct_robust[:n]
+            cut = {"robust": Accuracy.of(int(robust.sum()), n), "clean": final.clean}
+            entries.append(
+                first.model_copy(update={**cut, "correct_robust": robust, "correct_clean": final.correct_clean})
+            )
+        return type(self)(name=self.name, entries=tuple(entries))
 
-        The networks of both show that a group's recipe is the same: their trainings have the same fingerprint, over
-        configuration and data. Trained anew they may have other weights, and then another fingerprint of the
-        evaluation.
+    def joined(self, part: Self) -> Self:
+        """This study with the networks that only `part` has.
+
+        Networks of both are the proof that the parts belong together: same configuration, data and judges (their
+        fingerprints), and same code, libraries and kind of processor (their weights, to the last bit).
 
         Raises:
-            ValueError: when threats differ, or a group's judges; when a network of both was trained in another way, or
-                the same weights were judged in another way; when a group of both has no network in common.
+            ValueError: when a network of both was not trained or judged in the same way, or has other weights; when a
+                group of both has no network in common.
         """
-        if self.threat != part.threat:
-            raise ValueError(f"expected a study of {self.threat!r}, got {part.threat!r}")
         mine = {entry.key: entry for entry in self.entries}
         for group in set(self.groups) & set(part.groups):
             common = [e for e in part.entries if e.group == group and e.key in mine]
             if not common:
                 raise ValueError(f"expected a network of {group} that both parts have, to compare them by, got none")
             for entry in common:
-                known, name = mine[entry.key], " ".join(map(str, entry.key))
-                if known.trained != entry.trained:
-                    raise ValueError(f"expected {name} to be trained as {known.trained[:12]}, got {entry.trained[:12]}")
-                if known.weights_sha256 == entry.weights_sha256 and known.evaluated != entry.evaluated:
-                    raise ValueError(
-                        f"expected {name} to be evaluated as {known.evaluated[:12]}, got {entry.evaluated[:12]}"
-                    )
-            if self.judges(group) != part.judges(group):
-                raise ValueError(f"expected {group} to be judged on {self.judges(group)}, got {part.judges(group)}")
+                _expect_the_same(mine[entry.key], entry)
         added = [entry for entry in part.entries if entry.key not in mine]
-        return self.model_copy(update={"entries": (*self.entries, *added)})
+        return type(self)(name=self.name, entries=(*self.entries, *added))
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read study.json."""
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _expect_the_same(known: Entry, entry: Entry) -> None:
+    for what, one, other in (
+        ("the training", known.trained, entry.trained),
+        ("the weights", known.weights_sha256, entry.weights_sha256),
+        ("the evaluation", known.evaluated, entry.evaluated),
+    ):
+        if one != other:
+            raise ValueError(
+                f"{' '.join(map(str, entry.key))}: expected {what} {one[:12]}, got {other[:12]}; networks of another "
+                "configuration, code or kind of processor cannot stand beside these: run the whole group with it"
+            )
 
 
 def _p_value(gaps: npt.NDArray[np.float64]) -> float:

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 from pipeline.artifacts import write_atomic
 from pipeline.report.charts import Chart, draw
 from pipeline.report.environment import environment
-from pipeline.report.study import Comparison, Mean, Study
+from pipeline.report.study import Comparison, Mean, Study, What
 from pipeline.report.theme import CONTROL, MUTED, OURS
 from sparta_models import ACTIVATIONS
 
@@ -23,7 +23,14 @@ def write_study(study: Study, output: Path, *, dpi: int = 150) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     charts = [_chart(study, group, number, output, dpi) for number, group in enumerate(study.groups)]
     tables = {group: table_rows(study, group) for group in study.groups}
-    facts = {"study": study, "sentence": sentence, "tables": tables, "columns": COLUMNS, "charts": charts}
+    facts = {
+        "study": study,
+        "sentences": sentences,
+        "tables": tables,
+        "columns": COLUMNS,
+        "reading": READING,
+        "charts": charts,
+    }
     page = environment().get_template("study.html").render(facts)
     write_atomic(output / RECORD, study.model_dump_json(indent=1) + "\n")
     write_atomic(output / CSV, _csv(study))
@@ -32,7 +39,16 @@ def write_study(study: Study, output: Path, *, dpi: int = 150) -> list[Path]:
     return [output / name for name in (RECORD, CSV, MARKDOWN, PAGE, *(f"{chart.name}.png" for chart in charts))]
 
 
-COLUMNS = ("contender", "activation", "cell", "seeds", "clean %", "robust %", "parameters", "training PFLOP", "audit")
+LEADS: dict[What, str] = {"clean": "lead clean", "robust": "lead robust"}
+COLUMNS = (
+    *("contender", "activation", "cell", "seeds", "clean %", "robust %"),
+    *LEADS.values(),
+    *("parameters", "training PFLOP", "audit"),
+)
+READING = (
+    "Robust: right under every attack. Brackets: 95 % t interval over seeds. "
+    "Lead: sparta, on transfer targets frozen, minus this one, in points, paired by seed."
+)
 
 
 def table_rows(study: Study, group: str) -> list[tuple[str, ...]]:
@@ -46,7 +62,6 @@ def _row(study: Study, group: str, name: str) -> tuple[str, ...]:
     entries = study.of(group, name)
     first = entries[0]
     cell = ACTIVATIONS[first.activation].cell
-    failed = [entry.audit for entry in entries if entry.audit not in ("passed", "off")]
     return (
         name,
         first.activation + (" (frozen)" if first.frozen_digest else ""),
@@ -54,18 +69,28 @@ def _row(study: Study, group: str, name: str) -> tuple[str, ...]:
         str(len(entries)),
         interval(study.mean(group, name, "clean")),
         interval(study.mean(group, name, "robust")),
+        *(_lead(study, group, name, what) for what in LEADS),
         f"{first.num_parameters:,}",
         f"{first.training_flops / 1e15:.3g}",
-        "; ".join(failed) or first.audit,
+        "; ".join(dict.fromkeys(f"{e.audit} ({e.audited})" if e.audited else e.audit for e in entries)),
     )
+
+
+def _lead(study: Study, group: str, name: str, what: What) -> str:
+    """What the main contender has more than this one, over the seeds that both have; – for itself, or without any."""
+    seeds = {entry.seed for entry in study.of(group, name)}
+    for main in study.with_role(group, "main"):
+        if main != name and seeds & {entry.seed for entry in study.of(group, main)}:
+            return interval(study.compare(group, main, name, what).over_seeds, signed=True)
+    return "–"
 
 
 def markdown(study: Study) -> str:
     """Tables and comparisons as Markdown; the same text for the same study."""
-    lines = [f"Robust: {study.threat}. Brackets: 95 % t interval over seeds.", ""]
+    lines = [READING, ""]
     for group in study.groups:
         lines += [f"### {group}", "", f"{study.judges(group)}.", "", *grid(COLUMNS, table_rows(study, group))]
-        lines += ["", *(f"- {sentence(comparison)}" for comparison in study.comparisons(group)), ""]
+        lines += ["", *(f"- {line}" for line in sentences(study, group)), ""]
     return "\n".join(lines)
 
 
@@ -74,22 +99,38 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
+def sentences(study: Study, group: str) -> list[str]:
+    """All comparisons of a group in words; of finalists also what the first judgement says on the same images."""
+    found = [sentence(comparison) for comparison in study.comparisons(group)]
+    if (first := study.first_judgement(group)) is not None:
+        (origin,) = first.groups
+        told = "; ".join(
+            sentence(comparison) for comparison in first.comparisons(origin) if comparison.what == "robust"
+        )
+        found.append(f"on the same images by the attacks of {origin}: {told}")
+    return found
+
+
 def sentence(comparison: Comparison) -> str:
     """A comparison in words."""
-    verdict = "clear over seeds" if comparison.clear else "not clear over seeds"
-    gain = interval(comparison.over_seeds, signed=True)
+    seeds, images = comparison.over_seeds, comparison.over_images
+    verdict = "clear" if comparison.clear else "not clear"
     return (
-        f"{comparison.a} minus {comparison.b}, {comparison.what}: {gain} points, "
-        f"{verdict} ({comparison.over_seeds.num_seeds}); over images p = {comparison.p_images:.2g}"
+        f"{comparison.a} minus {comparison.b}, {comparison.what}: {interval(seeds, signed=True)} points "
+        f"over {seeds.num} seeds, {verdict}; over images {_brackets(images, '+.1f')}, p = {comparison.p_images:.2g}"
     )
 
 
 def interval(mean: Mean, *, signed: bool = False) -> str:
     """Percent with its interval."""
     form = "+.1f" if signed else ".1f"
-    if mean.num_seeds < 2:
+    if mean.num < 2:
         return format(100 * mean.value, form)
-    return f"{100 * mean.value:{form}} [{100 * mean.low:{form}}, {100 * mean.high:{form}}]"
+    return f"{100 * mean.value:{form}} {_brackets(mean, form)}"
+
+
+def _brackets(mean: Mean, form: str) -> str:
+    return f"[{100 * mean.low:{form}}, {100 * mean.high:{form}}]"
 
 
 def _csv(study: Study) -> str:

@@ -2,8 +2,9 @@
 
 Branches are named CONTENDER-sSEED, TARGET-CONTENDER-sSEED on a transfer target, and standard-CONTENDER-sSEED where the
 training has no attack. With an activation that was trained elsewhere there are transfer targets alone, and it is the
-same for all seeds. On a target three networks compete: the frozen activation ("frozen"), the same activation
-learned there from scratch ("learned"), and the control. Finalists are judged twice, the second time as final-BRANCH.
+same for all seeds. On a target four networks compete: the frozen activation ("frozen"), the same activation learned
+there from scratch ("learned") and left as it starts ("untrained"), and the control. Finalists are judged twice, the
+second time as final-BRANCH.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pipeline.config.study import Contender, FinalConfig, RegimeConfig, StudyCon
 from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
-from pipeline.report.study import Entry, Role, Study
+from pipeline.report.study import FINALISTS, Entry, Role, Study
 from pipeline.report.study_page import PAGE, write_study
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
 from pipeline.stages.freeze import FreezeTask, freeze_node
@@ -25,7 +26,7 @@ from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.train import TrainTask, train_node
 from pipeline.training import TrainedModel, load_model
 
-MAIN, CONTROL, FROZEN, LEARNED = "sparta", "control", "frozen", "learned"
+MAIN, CONTROL, FROZEN, LEARNED, UNTRAINED = "sparta", "control", "frozen", "learned", "untrained"
 ADVERSARIAL, STANDARD = "adversarial training", "standard training"
 SOURCE_DATA = "prepare:source"
 
@@ -57,7 +58,6 @@ class StudyTask:
     """What the study's page is made of."""
 
     name: str
-    threat: str
     networks: tuple[Network, ...]
 
 
@@ -75,7 +75,7 @@ def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
         evaluate_node(n.branch, EvaluateTask(n.trained, n.reference, n.task.data, n.evaluation, n.task.seed, n.matched))
         for n in networks
     ]
-    page = StudyTask(config.report.title or config.name, f"{_threat(config)}; all attacks of the suite", networks)
+    page = StudyTask(config.report.title or config.name, networks)
     return [*pretrain, *freeze, *transfer, *judged, _page_node(page)]
 
 
@@ -104,7 +104,7 @@ def _finalists(config: ChainConfig, study: StudyConfig, final: FinalConfig) -> I
             if network.contender in names:
                 yield replace(
                     network,
-                    group=f"{network.group}: finalists",
+                    group=f"{network.group}{FINALISTS}",
                     branch=f"final-{network.branch}",
                     evaluation=final.evaluation,
                     matched=tuple((name, key) for name, key in network.matched if name in names),
@@ -145,16 +145,22 @@ def _own(training: TrainingConfig, contender: Contender) -> TrainingConfig:
     if contender.epochs is not None:
         training = training.model_copy(update={"epochs": contender.epochs})
     if contender.activation_lr_factor is not None:
-        optimizer = training.optimizer.model_copy(update={"activation_lr_factor": contender.activation_lr_factor})
-        training = training.model_copy(update={"optimizer": optimizer})
+        training = _with_factor(training, contender.activation_lr_factor)
     return training
 
 
+def _with_factor(training: TrainingConfig, activation_lr_factor: float) -> TrainingConfig:
+    optimizer = training.optimizer.model_copy(update={"activation_lr_factor": activation_lr_factor})
+    return training.model_copy(update={"optimizer": optimizer})
+
+
 def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterator[Network]:
-    """The frozen activation, the same one learned from scratch, and the control, with the target's budget."""
+    """The frozen activation, the same one learned from scratch and as it starts, and the control, with the target's
+    budget. The one that stays as it starts says what of the frozen one's gain comes of its having been trained."""
     architecture = target.model or config.model
-    for name in (FROZEN, LEARNED, CONTROL):
+    for name in (FROZEN, LEARNED, UNTRAINED, CONTROL):
         activation = config.control if name == CONTROL else config.model.activation
+        training = target.training or config.training
         twin = FROZEN if name == CONTROL else CONTROL
         frozen = name == FROZEN
         yield Network(
@@ -166,7 +172,7 @@ def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterat
             task=TrainTask(
                 model=ModelConfig(name=architecture.name, options=architecture.options, activation=activation),
                 augment=target.augment or config.augment,
-                training=target.training or config.training,
+                training=_with_factor(training, 0.0) if name == UNTRAINED else training,
                 seed=seed,
                 data=f"prepare:{target.name}" if target.data is not None else SOURCE_DATA,
                 bank=None if not frozen else "freeze:bank" if config.bank else f"freeze:s{seed}",
@@ -192,13 +198,13 @@ def _threat(config: ChainConfig) -> str:
 def _page_node(task: StudyTask) -> Node[StudyTask]:
     needs = [key for n in task.networks for key in (n.task.data, n.trained, n.evaluated)]
     sections = {"name": task.name, "groups": [[n.group, n.contender, n.branch] for n in task.networks]}
-    return Node("report", "study", task, sections, run_study, tuple(dict.fromkeys(needs)))
+    return Node("report", "study", task, sections, run_study, tuple(dict.fromkeys(needs)), version=2)
 
 
 def _page(context: StageContext[StudyTask]) -> StageResult:
     task = context.task
     entries = tuple(_entry(context, network) for network in task.networks)
-    study = Study(name=task.name, threat=task.threat, entries=entries)
+    study = Study(name=task.name, entries=entries)
     files = write_study(study, context.directory)
     for path in files:
         context.run.artifact(path)
@@ -230,8 +236,11 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         val_robust=record.val_robust,
         clean=evaluation.clean,
         robust=evaluation.union,
+        trained_by=_trained_by(network.task.training),
+        judged_under=evaluation.config.threat.label,
         attacks={attack.name: attack.accuracy.value for attack in evaluation.attacks},
         audit="off" if audit is None else ", ".join(audit.failed) or "passed",
+        audited="" if audit is None else f"{audit.budget}, {audit.n} images",
         trained=trained.record.fingerprint,
         evaluated=evaluated.record.fingerprint,
         weights_sha256=record.weights_sha256,
@@ -239,6 +248,11 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         correct_clean=arrays["correct/clean"].astype(bool),
         correct_robust=arrays["correct/union"].astype(bool),
     )
+
+
+def _trained_by(training: TrainingConfig) -> str:
+    threat, kind = training.threat, training.method.kind
+    return kind if kind == "standard" else f"{kind} at {threat.norm} {threat.eps:.4g}"
 
 
 def _role(contender: str) -> Role:

@@ -88,12 +88,11 @@ def test_accuracies_are_those_of_the_images(results: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", pretrained_banks())
 def test_a_shipped_bank_is_the_studys_and_can_be_applied(name: str, results: ModuleType) -> None:
-    bank, found = ActivationBank.pretrained(name), results.study()
-    entries = [e for e in found.entries if e.role == "main" and e.trained == bank.source["training"]]
+    bank, entries = ActivationBank.pretrained(name), results.shipped(name)
     assert entries
     assert {e.weights_sha256 for e in entries} == {bank.source["weights_sha256"]}
     written = (PRETRAINED / name / results.CARD).read_text(encoding="utf-8")
-    assert written == results.card(name, entries, found.threat)
+    assert written == results.card(name, entries)
     network = bank.apply_to(build_model("resnet14", width=16, activation="relu"))
     assert network(torch.rand(2, 3, 32, 32)).isfinite().all()
     assert not any(p.requires_grad for site in network.modules() if hasattr(site, "gate") for p in site.parameters())

@@ -8,7 +8,7 @@ from scipy import stats
 
 from pipeline.evaluation.stats import Accuracy
 from pipeline.report.study import Entry, Mean, Role, Study
-from pipeline.report.study_page import markdown, write_study
+from pipeline.report.study_page import COLUMNS, markdown, sentences, table_rows, write_study
 
 N = 40
 
@@ -31,8 +31,11 @@ def entry(contender: str, seed: int, num_robust: int, *, role: Role = "other", g
         val_robust=0.5,
         clean=Accuracy.of(36, N),
         robust=Accuracy.of(num_robust, N),
+        trained_by="pgd_at at linf 0.1",
+        judged_under="linf 0.1",
         attacks={"pgd-ce-20x1": num_robust / N},
         audit="passed",
+        audited="quick, 64 images",
         trained="a" * 64,
         evaluated="b" * 64,
         weights_sha256="c" * 64,
@@ -45,7 +48,6 @@ def entry(contender: str, seed: int, num_robust: int, *, role: Role = "other", g
 def study() -> Study:
     return Study(
         name="a <b>study</b>",
-        threat="linf",
         entries=(
             *(entry("sparta", seed, n, role="main") for seed, n in enumerate((24, 26, 25))),
             *(entry("control", seed, n, role="control") for seed, n in enumerate((20, 20, 20))),
@@ -63,9 +65,12 @@ def test_mean_has_the_t_interval_of_its_seeds() -> None:
 
 
 def test_the_interval_of_an_accuracy_ends_at_none_and_all() -> None:
-    found = Study(name="s", threat="linf", entries=(entry("sparta", 0, 1), entry("sparta", 1, N - 1)))
+    found = Study(name="s", entries=(entry("sparta", 0, 1), entry("sparta", 1, N - 1)))
     mean = found.mean("home", "sparta", "robust")
     assert (mean.low, mean.high) == (0.0, 1.0)
+
+
+GAPS = np.array([0] * 20 + [1] * 4 + [2 / 3] + [1 / 3] + [0] * 14)  # of sparta and control, image by image
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -74,13 +79,15 @@ def test_differences_are_paired_by_seed() -> None:
     low, high = stats.t.interval(0.95, 2, gaps.mean(), gaps.std(ddof=1) / 3**0.5)
     assert (found.over_seeds.value, found.over_seeds.low, found.over_seeds.high) == pytest.approx((5 / N, low, high))
     assert found.clear
+    low, high = stats.t.interval(0.95, N - 1, 5 / N, GAPS.std(ddof=1) / N**0.5)
+    assert (found.over_images.value, found.over_images.low, found.over_images.high) == pytest.approx((5 / N, low, high))
 
 
 def test_a_seed_that_only_one_has_is_left_out() -> None:
-    more = Study(name="x", threat="y", entries=(*study().entries, entry("sparta", 7, 40, role="main")))
+    more = Study(name="x", entries=(*study().entries, entry("sparta", 7, 40, role="main")))
     assert more.compare("home", "sparta", "control", "robust") == study().compare("home", "sparta", "control", "robust")
     with pytest.raises(ValueError, match="share a seed"):
-        Study(name="x", threat="y", entries=(entry("a", 0, 1), entry("b", 1, 1))).compare("home", "a", "b", "robust")
+        Study(name="x", entries=(entry("a", 0, 1), entry("b", 1, 1))).compare("home", "a", "b", "robust")
 
 
 def test_p_over_images_is_that_of_a_paired_t_test() -> None:
@@ -96,12 +103,28 @@ def test_the_main_contender_is_compared_with_the_control_and_the_strongest_other
     assert found == [("sparta", b, what) for b in ("control", "strong") for what in ("robust", "clean")]
 
 
+def test_the_table_has_the_lead_over_every_other_contender() -> None:
+    alone = entry("alone", 7, 3)
+    rows = {row[0]: row for row in table_rows(Study(name="x", entries=(*study().entries, alone)), "home")}
+    low, high = (
+        f"{100 * end:+.1f}" for end in stats.t.interval(0.95, 2, 5 / N, np.std([4, 6, 5], ddof=1) / N / 3**0.5)
+    )
+    assert {name: row[COLUMNS.index("lead robust")] for name, row in rows.items() if name != "strong"} == {
+        "sparta": "–",
+        "control": f"+12.5 [{low}, {high}]",
+        "weak": "+35.0 [+28.8, +41.2]",
+        "alone": "–",
+    }
+    assert rows["strong"][COLUMNS.index("lead clean")] == "+0.0 [+0.0, +0.0]"
+
+
 def test_everything_is_in_study_json(tmp_path: Path) -> None:
     files = write_study(study(), tmp_path)
     assert all(path.stat().st_size > 0 for path in files)
     again = Study.load(tmp_path / "study.json")
     assert markdown(again) == (tmp_path / "results.md").read_text() == markdown(study())
-    assert f"{N:,} test images; attacks: pgd-ce-20x1; trained in bf16." in markdown(again)
+    judges = f"judged under linf 0.1 on {N:,} test images; attacks: pgd-ce-20x1."
+    assert f"digits; trained by pgd_at at linf 0.1, in bf16; {judges}" in markdown(again)
     assert again.model_dump_json() == study().model_dump_json()
     assert (tmp_path / "results.csv").read_text().count("\n") == 13
 
@@ -137,19 +160,12 @@ def test_parts_of_a_study_are_joined() -> None:
     assert joined.joined(part("sparta", group="away")).groups == ["home", "away"]
 
 
-def test_a_network_of_both_parts_is_kept_as_it_was_though_it_was_trained_anew() -> None:
-    again = changed(study(), weights_sha256="of another machine", evaluated="e" * 64)
-    assert study().joined(again).model_dump_json() == study().model_dump_json()
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"trained": "f" * 64}, "expected home sparta 0 to be trained as aaaaaaaaaaaa, got ffffffffffff"),
-        ({"evaluated": "f" * 64}, "expected home sparta 0 to be evaluated as bbbbbbbbbbbb, got ffffffffffff"),
-        ({"attacks": {"weak": 0.5}}, "expected home to be judged on .*, got .* weak"),
-        ({"precision": "fp32"}, "expected home to be judged on .*, got .* trained in fp32"),
-        ({"dataset": "other"}, "expected home to be judged on digits, .*, got other"),
+        ({"trained": "f" * 64}, "home sparta 0: expected the training aaaaaaaaaaaa, got ffffffffffff; .* whole group"),
+        ({"evaluated": "f" * 64}, "home sparta 0: expected the evaluation bbbbbbbbbbbb, got ffffffffffff"),
+        ({"weights_sha256": "f" * 64}, "home sparta 0: expected the weights cccccccccccc, got ffffffffffff"),
         ({"seed": 7}, "expected a network of home that both parts have, to compare them by, got none"),
     ],
 )
@@ -158,6 +174,62 @@ def test_a_part_that_cannot_be_compared_is_refused(values: dict[str, object], me
         study().joined(changed(part("sparta"), **values))
 
 
-def test_a_part_under_another_threat_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected a study of 'linf', got 'l2'"):
-        study().joined(study().model_copy(update={"threat": "l2"}))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attacks": {"weak": 0.5}}, "expected home to be judged on .*'pgd-ce-20x1'.*, got .*'weak'"),
+        ({"dataset": "other"}, "expected home to be judged on .*'digits'.*, got .*'other'"),
+        ({"judged_under": "linf 0.2"}, "expected home to be judged on .*'linf 0.1'.*, got .*'linf 0.2'"),
+        ({"trained_by": "standard"}, "expected home to be judged on .*'pgd_at at linf 0.1'.*, got .*'standard'"),
+    ],
+)
+def test_what_was_judged_in_another_way_does_not_stand_in_one_table(values: dict[str, object], message: str) -> None:
+    other = part("strong").entries[0].model_copy(update=values)
+    with pytest.raises(ValueError, match=message):
+        Study(name="x", entries=(*part("sparta").entries, other))
+
+
+def test_the_strongest_other_has_all_seeds() -> None:
+    lucky = entry("lucky", 0, 40)
+    more = Study(name="x", entries=(*study().entries, lucky))
+    assert more.with_role("home", "other") == ["strong", "weak", "lucky"]
+
+
+def finals(n: int = 30) -> Study:
+    """The study, with a second and harder judgement of two contenders on the first n images."""
+    names = (("sparta", "main", 16), ("control", "control", 14))
+    again = [
+        entry(name, seed, robust, role=role, group="home: finalists")
+        for name, role, robust in names
+        for seed in range(3)
+    ]
+    cut = [
+        e.model_copy(
+            update={
+                "correct_clean": e.correct_clean[:n],
+                "correct_robust": e.correct_robust[:n],
+                "clean": Accuracy.of(int(e.correct_clean[:n].sum()), n),
+                "robust": Accuracy.of(int(e.correct_robust[:n].sum()), n),
+            }
+        )
+        for e in again
+    ]
+    return Study(name="x", entries=(*study().entries, *cut))
+
+
+def test_of_finalists_the_page_says_what_the_first_judges_found_on_the_same_images() -> None:
+    first = finals(23).first_judgement("home: finalists")
+    assert first is not None
+    assert [e.robust.correct for e in first.of("home", "sparta")] == [23, 23, 23]
+    assert [e.robust.correct for e in first.of("home", "control")] == [20, 20, 20]
+    line = sentences(finals(23), "home: finalists")[-1]
+    assert line.startswith("on the same images by the attacks of home: sparta minus control, robust: +13.0 [+13.0")
+    assert study().first_judgement("home") is None
+
+
+def test_another_image_or_network_is_not_compared() -> None:
+    whole = finals()
+    other = whole.entries[-1].model_copy(update={"correct_clean": ~whole.entries[-1].correct_clean})
+    assert Study(name="x", entries=(*whole.entries[:-1], other)).first_judgement("home: finalists") is None
+    entries = [e for e in whole.entries if e.key != ("home", "control", 1)]
+    assert Study(name="x", entries=tuple(entries)).first_judgement("home: finalists") is None

@@ -1,5 +1,6 @@
 """Which nodes a study makes: all else equal but the activation and the seed."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,12 @@ def test_a_frozen_activation_comes_from_the_same_seed() -> None:
         assert every[f"freeze:s{seed}"].needs == (f"pretrain:sparta-s{seed}", "prepare:source")
         assert every[f"transfer:deeper-learned-s{seed}"].task.bank is None
         assert every[f"transfer:deeper-control-s{seed}"].task.model.activation.name == "relu"
+        untrained, learned = (every[f"transfer:deeper-{name}-s{seed}"].task for name in ("untrained", "learned"))
+        assert untrained.training.optimizer.activation_lr_factor == 0
+        optimizer = learned.training.optimizer
+        assert optimizer.activation_lr_factor > 0
+        training = untrained.training.model_copy(update={"optimizer": optimizer})
+        assert replace(untrained, training=training) == learned
 
 
 def test_a_contender_may_be_wider_or_train_longer() -> None:
@@ -98,7 +105,9 @@ def test_of_an_activation_from_elsewhere_there_are_transfers_alone() -> None:
     bank = ("bank.pretrained=cifar10-resnet8-linf8", "study.contenders=[]")
     every = nodes("study_quick", *bank, "study.final={evaluation: {attacks: full}}")
     assert {key.rpartition("-")[0] for key in every if key.startswith(("pretrain:", "transfer:"))} == {
-        f"transfer:{target}-{name}" for target in ("deeper", "digits-5-9") for name in ("frozen", "learned", "control")
+        f"transfer:{target}-{name}"
+        for target in ("deeper", "digits-5-9")
+        for name in ("frozen", "learned", "untrained", "control")
     }
     assert [key for key in every if key.startswith("freeze")] == ["freeze:bank"]
     for seed in (0, 1):
