@@ -179,6 +179,7 @@ class Chain:
                     self.failed[decision.node.key] = decision.reason
                 elif decision.action is Action.SKIP:
                     self._note_done(decision)
+                    _mark_current(self.done[decision.node.key].directory)
                 else:
                     batch.append(decision)
                 position += 1
@@ -198,10 +199,14 @@ class Chain:
         if any(decision.node.trains for decision in batch):
             services.ray()
         with ExitStack() as stack:
-            contexts = [stack.enter_context(self._context(decision, services)) for decision in batch]
+            ends = [stack.enter_context(ExitStack()) for _ in batch]
+            contexts = [
+                end.enter_context(self._context(decision, services)) for end, decision in zip(ends, batch, strict=True)
+            ]
             results = batch[0].node.runner(contexts)
-            for decision, context, result in zip(batch, contexts, results, strict=True):
+            for decision, context, result, end in zip(batch, contexts, results, ends, strict=True):
                 self._settle(decision, context, result)
+                end.close()  # a signal that comes now is none of its business
                 seconds = time.monotonic() - started
                 if decision.node.key in self.done:
                     self._say(f"{decision.node.key:<34} done       after {seconds:.1f} s")
@@ -222,7 +227,7 @@ class Chain:
             try:
                 record = _record(decision, directory, result)
                 artifacts.save_record(directory, record)
-                artifacts.write_atomic(directory.parent / _CURRENT, directory.name + "\n")
+                _mark_current(directory)
                 context.run.tag({"output_digest": record.output_digest})
                 self.done[node.key] = Finished(directory, record)
             except OSError as error:  # a full disk fails this node, not the chain
@@ -239,6 +244,13 @@ class Chain:
             _set_aside(directory)
         (directory / artifacts.RECORD).unlink(missing_ok=True)
         artifacts.write_atomic(directory / artifacts.STARTED, artifacts.canonical(decision.inputs) + "\n")
+
+
+def _mark_current(directory: Path) -> None:
+    """Say beside the results of other configurations which one the chain has now."""
+    path, name = directory.parent / _CURRENT, f"{directory.name}\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != name:
+        artifacts.write_atomic(path, name)
 
 
 def _record(decision: Decision, directory: Path, result: StageResult) -> StageRecord:

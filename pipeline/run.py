@@ -16,12 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from pipeline.artifacts import write_atomic
 from pipeline.chain import Action, Chain, Decision, OutputLockedError
 from pipeline.cluster import ClusterTooSmall
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
 from pipeline.config.tracking import redact
 from pipeline.data import DataError
+from pipeline.stages.fit import check_images
 from pipeline.stages.graph import STAGES, head, settled, tail, tuned
 from pipeline.stages.node import Node
 from pipeline.stages.services import Services
@@ -47,12 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # where no stage could take it: a full disk under the chain's own records
         return _fail(f"{error}; the same command goes on from here", STAGE_FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from here", INTERRUPTED)
+        return _fail(f"interrupted; {_again(options)} goes on from here", INTERRUPTED)
     except (Terminated, SystemError) as error:
         # SystemError: so Ray's compiled code passes on what the handler of a signal raised while it waited.
         if not isinstance(error, Terminated) and not isinstance(error.__cause__, Terminated):
             raise
-        return _fail("terminated; the same command goes on from here", TERMINATED)
+        return _fail(f"terminated; {_again(options)} goes on from here", TERMINATED)
+
+
+def _again(options: argparse.Namespace) -> str:
+    return "the same command without --force" if options.force else "the same command"
 
 
 def runs_root() -> Path:
@@ -84,14 +90,25 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
         if ahead := _trainings_ahead(planned):
             services.check_cluster(searching="search" in ahead)
         with chain.alone():
-            chain.execute(_chosen(head(config), STAGES[: last + 1]), services)
+            early, search = _apart(_chosen(head(config), STAGES[: last + 1]))
+            chain.execute(early, services)
+            check_images(tail(config), chain.done)
+            chain.execute(search, services)
             if settled(config, chain.done):
                 config = tuned(config, chain.done)
                 chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)
+        _publish(chain)
         if chain.failed:
             services.chain_run.fail()
     print(closing_lines(config, chain.output, chain.done, chain.failed))
     return _exit_code(chain)
+
+
+def _publish(chain: Chain) -> None:
+    """Copy the page of this configuration to a place that stays; it holds everything it shows, so the copy is whole."""
+    for finished in (done for key, done in chain.done.items() if key.startswith("report:")):
+        page = str(finished.record.payload["page"])
+        write_atomic(chain.output / page, (finished.directory / page).read_text(encoding="utf-8"))
 
 
 def _trainings_ahead(planned: Sequence[Decision]) -> set[str]:
@@ -114,6 +131,11 @@ def _tell(planned: Sequence[Decision], config: ChainConfig, chain: Chain) -> Non
     estimates, speed = estimate([decision.node for decision in planned], config, chain.done)
     if ahead:
         print("\n".join(table([e for e in estimates if e.key in ahead], speed)))
+
+
+def _apart(nodes: Sequence[Node[Any]]) -> tuple[list[Node[Any]], list[Node[Any]]]:
+    """What is done in minutes, and the search."""
+    return [n for n in nodes if n.stage != "search"], [n for n in nodes if n.stage == "search"]
 
 
 def _chosen(nodes: Iterable[Node[Any]], stages: Sequence[str]) -> list[Node[Any]]:

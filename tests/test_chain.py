@@ -104,8 +104,47 @@ def test_changing_back_finds_the_old_results(house: House) -> None:
     house.settings["a"] = 2
     house.run()
     house.settings["a"] = 1
-    house.run()
+    chain = house.run()
     assert house.ran == []
+    for key, (directory, _) in chain.done.items():
+        current = house.output / key.replace(":", "/") / "current.txt"
+        assert current.read_text().strip() == directory.name, "infra/results.py would take the other one's"
+
+
+def test_a_plan_says_nothing_of_what_the_chain_has_now(house: House) -> None:
+    house.run()
+    house.settings["a"] = 2
+    house.run()
+    before = {path: path.read_text() for path in house.output.glob("*/*/current.txt")}
+    house.settings["a"] = 1
+    assert {action for action, _ in house.plan().values()} == {Action.SKIP}
+    assert {path: path.read_text() for path in house.output.glob("*/*/current.txt")} == before
+
+
+def test_a_signal_after_a_node_is_settled_is_none_of_its_business(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[tuple[str, str]] = []
+
+    @contextmanager
+    def stage_run(services: LocalServices, key: str, *described: Any) -> Iterator[RecordingRun]:
+        try:
+            yield RecordingRun()
+        except BaseException as error:
+            ended.append((key, type(error).__name__))
+            raise
+        ended.append((key, "finished"))
+
+    def say(line: str) -> None:
+        if line.startswith("a:x") and "done" in line:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalServices, "stage_run", stage_run)
+    runner = house.runner
+    nodes = [Node(k, "x", k, {}, runner, together=True) for k in ("a", "d")]
+    with pytest.raises(KeyboardInterrupt):
+        Chain(house.output, say=say).execute(nodes, LocalServices(house.output))  # type: ignore[arg-type]
+    assert ended == [("a:x", "finished"), ("d:x", "KeyboardInterrupt")]
 
 
 def test_same_output_after_a_rerun_leaves_downstream_up_to_date(house: House) -> None:

@@ -73,15 +73,22 @@ def _wait_for_threads() -> None:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM by one that exits with 15; the application's own comes back at the end."""
+    """Ray replaces the handler of SIGTERM by one that exits with 15; the application's own comes back at the end, and
+    is told of a signal that came in between."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, told = signal.getsignal(signal.SIGTERM), False
     try:
         yield
+    except SystemExit as error:
+        told = error.code == signal.SIGTERM
+        if not told:
+            raise
     finally:
         signal.signal(signal.SIGTERM, handler)
+    if told:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def cluster_address(scaling: ScalingConfig) -> str | None:

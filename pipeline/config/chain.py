@@ -2,10 +2,10 @@
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.bank import BankConfig
-from pipeline.config.base import Section
+from pipeline.config.base import Section, one_line
 from pipeline.config.data import AugmentConfig, DataConfig
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
@@ -101,6 +101,35 @@ class ChainConfig(Section):
                 f"bank is transferred without training the source, which {' and '.join(asked)} would need; "
                 "leave out one or the other"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _contenders_can_be_trained(self) -> Self:
+        """What a contender has of its own may not go together with the rest: fewer epochs than a warm-up has."""
+        study = self.study
+        for contender in study.contenders if study else ():
+            for training in (self.training, *((study.standard.training,) if study and study.standard else ())):
+                try:
+                    contender.own(training)
+                except ValidationError as error:
+                    raise ValueError(f"study.contenders {contender.name}: {one_line(error)}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _two_images_for_every_worker(self) -> Self:
+        standard = self.study.standard if self.study else None
+        trainings = {
+            "training": self.training,
+            **{f"transfer {target.name}: training": target.training for target in self.transfer},
+            "study.standard.training": standard.training if standard else None,
+        }
+        workers = self.scaling.max_workers
+        for name, training in trainings.items():
+            if workers > 1 and training is not None and training.batch_size < 2 * workers:
+                raise ValueError(
+                    f"{name}.batch_size={training.batch_size} is less than two images for each of {workers} workers; "
+                    "raise it, or lower scaling.num_workers"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,9 @@
 """Which images, how they are split, stored and read, and how they are augmented while training."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -163,9 +164,17 @@ class AugmentConfig(Section):
     color_jitter: ColorJitterConfig | None = None
     """Random brightness, contrast, saturation and hue."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _instead_of_the_default_crop(cls, given: Any) -> Any:
+        """Said outright, so that it is still so when the whole is written out and read again."""
+        if isinstance(given, Mapping) and given.get("random_resized_crop") is not None:
+            return {"pad_crop": 0, **given}
+        return given
+
     @model_validator(mode="after")
     def _one_crop(self) -> "AugmentConfig":
-        if self.random_resized_crop is not None and self.pad_crop > 0 and "pad_crop" in self.model_fields_set:
+        if self.random_resized_crop is not None and self.pad_crop > 0:
             raise ValueError(
                 f"augment.pad_crop={self.pad_crop} and augment.random_resized_crop are both set; "
                 "set pad_crop=0 or leave random_resized_crop out"

@@ -27,6 +27,19 @@ class Contender(Section):
     activation_lr_factor: float | None = Field(default=None, ge=0)
     """Its own training.optimizer.activation_lr_factor, where another suits it better; None: as the source."""
 
+    def own(self, training: TrainingConfig) -> TrainingConfig:
+        """The common training with what this one has of its own.
+
+        Raises:
+            ValidationError: where the two do not go together.
+        """
+        content = training.model_dump()
+        if self.epochs is not None:
+            content["epochs"] = self.epochs
+        if self.activation_lr_factor is not None:
+            content["optimizer"]["activation_lr_factor"] = self.activation_lr_factor
+        return TrainingConfig.model_validate(content)
+
 
 class RegimeConfig(Section):
     """Another way to train the source, its control and the contenders, judged in another way."""

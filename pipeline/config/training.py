@@ -1,8 +1,9 @@
 """How a network is trained: threat, method, optimizer, schedule, averaging, precision, selection."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.base import Eps, PixelStep, Section
 
@@ -55,6 +56,16 @@ class AttackConfig(Section):
         return self
 
 
+def _over(default: AttackConfig) -> BeforeValidator:
+    """What is written of an attack is laid over the default of its place, not over that of attacks in general."""
+    return BeforeValidator(lambda given: {**default.model_dump(), **given} if isinstance(given, Mapping) else given)
+
+
+_TRADES = AttackConfig(loss="kl", start="normal")
+_MART = AttackConfig(start="normal")
+_FALLBACK = AttackConfig(steps=2)
+
+
 class StandardConfig(Section):
     """Cross-entropy on clean images."""
 
@@ -78,7 +89,7 @@ class TRADESConfig(Section):
     """Discriminator."""
     beta: float = Field(default=6.0, ge=0)
     """Weight of the robust term."""
-    attack: AttackConfig = AttackConfig(loss="kl", start="normal")
+    attack: Annotated[AttackConfig, _over(_TRADES)] = _TRADES
     """The attack that makes the training examples."""
 
 
@@ -89,7 +100,7 @@ class MARTConfig(Section):
     """Discriminator."""
     beta: float = Field(default=5.0, ge=0)
     """Weight of the regularisation term."""
-    attack: AttackConfig = AttackConfig(start="normal")
+    attack: Annotated[AttackConfig, _over(_MART)] = _MART
     """The attack that makes the training examples."""
 
 
@@ -107,7 +118,7 @@ class FGSMRSConfig(Section):
     half of the best where that is less of a fall and the best was above chance."""
     on_collapse: Literal["stop", "pgd_at"] = "stop"
     """What follows: end with the best epoch, or go on from the best epoch with PGD training."""
-    fallback: AttackConfig = AttackConfig(steps=2)
+    fallback: Annotated[AttackConfig, _over(_FALLBACK)] = _FALLBACK
     """The attack of the PGD training that follows when on_collapse is "pgd_at"."""
 
 

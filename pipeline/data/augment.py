@@ -37,7 +37,7 @@ def augment(pixels: Tensor, config: AugmentConfig, generator: torch.Generator, *
         boxes = random_boxes(torch.full((num, 2), size), crop, generator)
         x = _resized(to_float(pixels), boxes, flip)
     else:
-        pad = 0 if crop is not None else config.pad_crop
+        pad = config.pad_crop
         shift = torch.randint(0, 2 * pad + 1, (2, num), generator=generator)
         x = to_float(_shifted(pixels, shift, flip, pad) if pad else _flipped(pixels, flip) if config.flip else pixels)
     if config.color_jitter is not None:

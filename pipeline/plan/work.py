@@ -24,19 +24,18 @@ from pipeline.config.evaluation import (
     SquareAttack,
     TargetedAttack,
 )
-from pipeline.config.load import ConfigError
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.data import DataError, PreparedData
 from pipeline.data.paths import as_url, resolve_path
 from pipeline.plan.sizes import DataSize, expected_size, prepared_size
 from pipeline.stages.evaluate import EvaluateTask
+from pipeline.stages.fit import built
 from pipeline.stages.node import Finished, Node
 from pipeline.stages.prepare import PrepareTask
 from pipeline.stages.search import SearchTask
 from pipeline.stages.train import TrainTask
 from pipeline.training.methods import step_cost
-from sparta_models import build_model
 
 _OTHER_THREAT = 20 + 50  # steps of the two attacks under every other threat
 # AutoAttack of one image that withstands it all: APGD-CE 100 steps, APGD-T and FAB-T 9 targets x 100, Square 5,000.
@@ -145,10 +144,10 @@ def _attack_passes(attack: AttackConfig, num_classes: int) -> float:
 @lru_cache(maxsize=256)
 def _measured(spec: str, side: int, channels: int, num_classes: int) -> Network:
     model = ModelConfig.model_validate_json(spec)
-    options: dict[str, Any] = {"num_classes": num_classes, "in_channels": channels, **model.options}
+    given = {"num_classes": num_classes, "in_channels": channels}
     with torch.device("meta"):
-        real = build_model(model.name, activation=model.activation.spec(), **options)
-        plain = build_model(model.name, activation="relu", **options).eval()
+        real = built("model", model, model.activation.spec(), **given)
+        plain = built("model", model, "relu", **given).eval()
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
             plain(torch.empty(1, channels, side, side))
@@ -162,11 +161,7 @@ def network_of(model: ModelConfig, data: DataSize) -> Network:
 
     Raises ConfigError for one that cannot be built.
     """
-    try:
-        return _measured(model.model_dump_json(), data.side, data.channels, data.num_classes)
-    except (ValueError, TypeError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"model {model.name} with {dict(model.options)} cannot be built: {said}") from error
+    return _measured(model.model_dump_json(), data.side, data.channels, data.num_classes)
 
 
 def _size(node: Node[Any], config: ChainConfig, done: Mapping[str, Finished]) -> DataSize | None:

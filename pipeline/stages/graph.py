@@ -14,7 +14,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.load import overlay
 from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
-from pipeline.stages.fit import check_fit
+from pipeline.stages.fit import check_fit, check_networks
 from pipeline.stages.freeze import FreezeTask, bank_node, freeze_node, frozen_bank
 from pipeline.stages.node import Finished, Node
 from pipeline.stages.prepare import PrepareTask, prepare_node
@@ -70,12 +70,16 @@ def tail(config: ChainConfig) -> list[Node[Any]]:
     """The nodes after those of `head`; those of a study, where one is configured.
 
     Raises:
-        ConfigError: where the activation that will be trained does not fit a target.
+        ConfigError: for a network that cannot be built, or an activation trained here that does not fit a target.
     """
+    nodes = _chain_nodes(config) if config.study is None else study_nodes(config, config.study)
+    check_networks(nodes)
     if config.bank is None:
         check_fit(config)
-    if config.study is not None:
-        return study_nodes(config, config.study)
+    return nodes
+
+
+def _chain_nodes(config: ChainConfig) -> list[Node[Any]]:
     models = reported_models(config)
     pretrain = [_train(model) for model in models if model.target == _SOURCE_NAME]
     transfer = [_train(model) for model in models if model.target != _SOURCE_NAME]

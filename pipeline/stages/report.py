@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import write_atomic
 from pipeline.config.report import ReportConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
@@ -14,6 +13,7 @@ from pipeline.report.inputs import Learned, Role
 from pipeline.stages.freeze import FrozenBank, frozen_bank
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.search import TunedConfig
+from pipeline.tracking import bank_digest
 from pipeline.training import TrainedModel, load_model
 from sparta_models import ActivationBank
 
@@ -63,20 +63,19 @@ def report_node(task: ReportTask) -> Node[ReportTask]:
 
 def _report(context: StageContext[ReportTask]) -> StageResult:
     task = context.task
-    frozen = FrozenBank.model_validate(context.upstream[task.bank].record.payload)
+    taken = context.upstream[task.bank]
+    frozen = FrozenBank.model_validate(taken.record.payload)
     inputs = ReportInputs(
         title=task.report.title or task.chain,
         models=tuple(_card(context, model) for model in task.models),
-        learned=None if task.trained_here else _learned(frozen_bank(context.upstream[task.bank])),
+        learned=None if task.trained_here else _learned(frozen_bank(taken)),
         trials=_trials(context, task.search),
         sweep_pictures=_sweep_pictures(context, task.search),
         reference=frozen.reference,
-        lineage=context.services.lineage(frozen.reference),
+        lineage=context.services.lineage(frozen.reference, bank_digest(taken.directory / frozen.directory)),
         facts={"seed": str(task.seed), "activation digest": frozen.digest},
     )
     report = build_report(inputs, context.directory, task.report)
-    # The page holds everything it shows, so a copy at a stable place is whole.
-    write_atomic(context.services.output / PAGE, report.page.read_text(encoding="utf-8"))
     for path in report.files:
         context.run.artifact(path)
     _tell_chain(context.services.chain_run, inputs, context.directory)

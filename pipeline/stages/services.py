@@ -93,12 +93,13 @@ class Services:
             return f"not kept, {refusal.strerror}"
         return str(path)
 
-    def lineage(self, reference: str | None) -> str | None:
-        """Where a registered activation comes from, in words; None while MLflow is away."""
+    def lineage(self, reference: str | None, digest: str) -> str | None:
+        """Where a registered activation comes from, in words; None while MLflow is away, or where the registry has no
+        such version with this digest."""
         if reference is None:
             return None
         try:
-            return self.registry.lineage(reference)
-        except ConnectionError as error:
+            return self.registry.lineage(reference, digest=digest)
+        except (ConnectionError, ValueError) as error:
             _log.warning("%s; the report goes without the lineage", error)
             return None

@@ -134,24 +134,10 @@ def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeC
             branch=f"{prefix}{row.name}-s{seed}",
             trained=f"pretrain:{prefix}{row.name}-s{seed}",
             reference=f"pretrain:{prefix}{twin}-s{seed}",
-            task=TrainTask(model, config.augment, _own(regime.training, row), seed, SOURCE_DATA),
+            task=TrainTask(model, config.augment, row.own(regime.training), seed, SOURCE_DATA),
             evaluation=regime.evaluation,
             matched=contenders if row.name == MAIN else (),
         )
-
-
-def _own(training: TrainingConfig, contender: Contender) -> TrainingConfig:
-    """The common training with what the contender has of its own."""
-    if contender.epochs is not None:
-        training = training.model_copy(update={"epochs": contender.epochs})
-    if contender.activation_lr_factor is not None:
-        training = _with_factor(training, contender.activation_lr_factor)
-    return training
-
-
-def _with_factor(training: TrainingConfig, activation_lr_factor: float) -> TrainingConfig:
-    optimizer = training.optimizer.model_copy(update={"activation_lr_factor": activation_lr_factor})
-    return training.model_copy(update={"optimizer": optimizer})
 
 
 def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterator[Network]:
@@ -161,6 +147,8 @@ def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterat
     for name in (FROZEN, LEARNED, UNTRAINED, CONTROL):
         activation = config.control if name == CONTROL else config.model.activation
         training = target.training or config.training
+        if name == UNTRAINED:
+            training = Contender(name=name, activation=activation, activation_lr_factor=0).own(training)
         twin = FROZEN if name == CONTROL else CONTROL
         frozen = name == FROZEN
         yield Network(
@@ -172,7 +160,7 @@ def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterat
             task=TrainTask(
                 model=ModelConfig(name=architecture.name, options=architecture.options, activation=activation),
                 augment=target.augment or config.augment,
-                training=_with_factor(training, 0.0) if name == UNTRAINED else training,
+                training=training,
                 seed=seed,
                 data=f"prepare:{target.name}" if target.data is not None else SOURCE_DATA,
                 bank=None if not frozen else "freeze:bank" if config.bank else f"freeze:s{seed}",

@@ -11,7 +11,7 @@ from pipeline.stages.graph import reported_models
 from pipeline.stages.node import Finished
 from pipeline.stages.report import ReportedModel
 
-REPORT = "report.html"
+REPORT, STUDY = "report.html", "study.html"
 _COLUMNS = ("model", "role", "network", "activation", "data", "n", "clean % [95 %]", "robust % [95 %]", "audit")
 
 
@@ -29,7 +29,7 @@ def closing_lines(config: ChainConfig, output: Path, done: Mapping[str, Finished
         lines += ["", f"{len(failed)} not done:", *(f"  {key}: {reason}" for key, reason in failed.items())]
     lines.append("")
     if study:
-        lines.append(f"study      {study.directory}")
+        lines.append(f"study      {output / STUDY}")
     if "report:page" in done:
         lines.append(f"report     {output / REPORT}")
     lines.append(f"results    {output}")

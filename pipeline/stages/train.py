@@ -103,21 +103,26 @@ def _job(context: StageContext[TrainTask]) -> TrainJob:
 
 
 def _bank(context: StageContext[TrainTask], key: str) -> tuple[Path, FrozenBank]:
-    """Pull the activation from the registry, by the version that the freeze stage pinned."""
+    """Pull the activation from the registry, by the version that the freeze stage pinned; the freeze stage's own files,
+    which are the same, where the registry is away or is another one by now."""
     finished = context.upstream[key]
     frozen = FrozenBank.model_validate(finished.record.payload)
     local = finished.directory / frozen.directory
     context.run.tag({"activation_digest": frozen.digest})
-    if frozen.reference is None:  # whoever registers it later finds the version by the digest of the files
+    digest = bank_digest(local)
+    by_digest = f"{DIGEST_PREFIX}{digest}"  # whoever registers it later finds the version by it
+    if frozen.reference is None:
         _log.warning("MLflow was away, the activation not yet registered; %s uses the local files", context.key)
-        context.run.activation(f"{DIGEST_PREFIX}{bank_digest(local)}")
+        context.run.activation(by_digest)
         return local, frozen
-    directory = context.directory / "bank"
+    directory, registry = context.directory / "bank", context.services.registry
     try:
-        context.services.registry.pull(frozen.reference, directory)
-    except ConnectionError as error:  # an outage stops no training; the digest is checked wherever the files are from
+        registry.resolve(frozen.reference, digest=digest)
+        registry.pull(frozen.reference, directory)
+    except (ConnectionError, ValueError) as error:
         _log.warning("%s; %s uses the local files", error, context.key)
-        directory = local
+        context.run.activation(frozen.reference if isinstance(error, ConnectionError) else by_digest)
+        return local, frozen
     context.run.activation(frozen.reference)
     return directory, frozen
 

@@ -94,8 +94,9 @@ class Registry:
         return self.resolve(f"{self.config.registry_model}/{version}")
 
     @_reaching
-    def resolve(self, reference: str) -> Activation:
-        """Look up NAME@ALIAS or NAME/VERSION. ValueError when it is malformed, unknown or not one of ours."""
+    def resolve(self, reference: str, *, digest: str | None = None) -> Activation:
+        """Look up NAME@ALIAS or NAME/VERSION. ValueError when it is malformed, unknown, not one of ours, or when its
+        files have another digest than the one given."""
         from mlflow.exceptions import MlflowException
 
         match = _REFERENCE.match(reference)
@@ -114,7 +115,13 @@ class Registry:
             raise ValueError(
                 f"{reference!r} is not in the registry; known: {', '.join(self._known()) or 'nothing yet'}"
             ) from error
-        return self._pinned(found)
+        pinned = self._pinned(found)
+        if digest is not None and pinned.digest != digest:
+            raise ValueError(
+                f"expected {reference} with files {digest[:12]}, got {pinned.digest[:12]}: not the registry "
+                "that the activation was registered in"
+            )
+        return pinned
 
     @_reaching
     def versions(self) -> list[Activation]:
@@ -179,9 +186,12 @@ class Registry:
         return found
 
     @_reaching
-    def lineage(self, reference: str) -> str:
-        """The way from a version to the runs, data and source it comes from, as indented text."""
-        return describe_lineage(self.client, self.resolve(reference), self.uri)
+    def lineage(self, reference: str, *, digest: str | None = None) -> str:
+        """The way from a version to the runs, data and source it comes from, as indented text.
+
+        Raises ValueError as `resolve` does.
+        """
+        return describe_lineage(self.client, self.resolve(reference, digest=digest), self.uri)
 
     @_reaching
     def model_id(self, activation: Activation) -> str:

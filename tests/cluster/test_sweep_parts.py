@@ -87,6 +87,8 @@ def test_another_kind_brings_its_own_defaults_and_the_same_kind_keeps_the_settin
     method = overlay(base, overrides(base, {KIND: "trades", "training.method.beta": 2.0})).training.method
     assert (method.kind, method.beta, method.attack.loss) == ("trades", 2.0, "kl")
     assert overlay(base, overrides(base, {KIND: "pgd_at"})).training.method.attack.steps == 3
+    attack = trial_config(base, {KIND: "trades", "training.method.attack.steps": 5}).training.method.attack
+    assert (attack.loss, attack.start, attack.steps) == ("kl", "normal", 5)
 
 
 def test_every_trial_is_judged_by_one_threat_whatever_it_trains_against():

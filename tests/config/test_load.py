@@ -61,6 +61,10 @@ def test_overlay_is_checked_like_a_file() -> None:
         ("bank={pretrained: a, path: b}", "got pretrained and path"),
         ("bank.registered=sparta-activation@champion", "NAME/VERSION, got 'sparta-activation@champion'.*registry show"),
         ("trainng.epochs=3", r"unknown key 'trainng'; did you mean 'training'\?"),
+        (
+            "scaling.num_workers=33",
+            r"training.batch_size=64 is less than two images for each of 33 workers; .*num_workers",
+        ),
         ("training.epoch=3", r"unknown key 'training\.epoch'; did you mean 'epochs'\?; known here: .*batch_size"),
         ("transfer.0.nmae=x", r"unknown key 'transfer\.0\.nmae'; did you mean 'name'\?"),
         ("training.method.stepz=3", r"unknown key .*stepz"),

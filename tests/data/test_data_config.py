@@ -50,7 +50,9 @@ def test_bad_augmentation_is_refused(settings, message):
 
 
 def test_resized_crop_takes_the_place_of_the_default_pad_crop():
-    assert AugmentConfig(random_resized_crop=RandomResizedCropConfig()).random_resized_crop is not None
+    config = AugmentConfig(random_resized_crop=RandomResizedCropConfig())
+    assert (config.random_resized_crop is not None, config.pad_crop) == (True, 0)
+    assert AugmentConfig.model_validate(config.model_dump()) == config, "a search writes it out and reads it again"
 
 
 def test_sections_are_frozen():

@@ -14,12 +14,14 @@ from pipeline.evaluation.audit import (
     gate_saturation,
     gradient_census,
     loss_surface,
+    noise,
+    random_gate,
 )
 from pipeline.evaluation.audit.bpda import RULES
 from pipeline.evaluation.audit.gates import Parts
 from pipeline.evaluation.audit.planted import small_cnn
 from pipeline.evaluation.audit.subject import Subject
-from pipeline.evaluation.audit.verdict import judged, largest
+from pipeline.evaluation.audit.verdict import cannot_fail, judged, largest
 from sparta_models import Activation, build_activation
 
 THREAT = ThreatModel(eps=0.1)
@@ -191,3 +193,19 @@ def test_a_report_says_seed_and_reference_and_an_older_one_is_still_read(robust,
     assert report.reference_digest not in (None, report.model_digest)
     older = report.model_dump(mode="json", exclude={"seed", "reference_digest"})
     assert AuditReport.model_validate(older).reference_digest is None
+
+
+def test_a_check_that_could_not_fail_is_no_pass(gated, digits):
+    few, n = 3, 64
+    subject = subject_of(gated, digits.test_x[:n], digits.test_y[:n])
+    subject.__dict__["survives"] = torch.arange(int(subject.clean_correct.sum())) < few
+    for check in (noise.check, gate_attack.check, random_gate.check):
+        found = check(subject)
+        assert found.verdict == "skip"
+        assert f"{few} of {n} examples withstand" in found.summary
+    subject.__dict__["survives"] = torch.arange(int(subject.clean_correct.sum())) < 2 * few
+    del subject.__dict__["survivors"]
+    assert noise.check(subject).verdict != "skip"
+    assert cannot_fail(2, "convergence", 5, 64, 0.04) is not None
+    assert cannot_fail(2, "convergence", 6, 64, 0.04) is None
+    assert cannot_fail(4, "black_box", 0, 64, 0.02) is not None

@@ -9,10 +9,11 @@ import pytest
 
 from pipeline.artifacts import StageRecord
 from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.tracking import TrackingConfig
 from pipeline.stages import evaluate as evaluate_stage
 from pipeline.stages import train as train_stage
 from pipeline.stages.node import Finished, StageContext, StageResult
-from pipeline.tracking import Entry, bank_digest
+from pipeline.tracking import Entry, Registry, bank_digest
 from pipeline.training import TrainJob
 from tests.tracking.conftest import write_bank
 
@@ -100,3 +101,25 @@ def test_an_activation_that_is_not_registered_yet_is_used_by_its_digest(tmp_path
     assert (directory, frozen.digest) == (bank, "d" * 64)
     assert told.activations == [f"sha256:{bank_digest(bank)}"]
     assert told.tags == {"activation_digest": "d" * 64}
+
+
+@pytest.mark.parametrize("registered", ["another activation", "nothing"])
+def test_a_version_of_another_registry_is_not_taken_for_the_pinned_one(registered: str, tmp_path: Path) -> None:
+    own, other = write_bank(tmp_path / "freeze" / "bank"), write_bank(tmp_path / "other", value=2.0)
+    registry = Registry(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"), tmp_path)
+    if registered == "another activation":
+        registry.register(other)
+    told: list[str] = []
+    payload = {"directory": "bank", "digest": "d" * 64, "reference": "sparta-activation/1", "alias": None}
+    record = StageRecord.model_construct(payload=payload)
+    run = SimpleNamespace(activation=told.append, tag=lambda tags: None)
+    using = context("transfer:x", tmp_path / "x", upstream={"freeze:bank": Finished(own.parent, record)}, run=run)
+    using.services.registry = registry
+    assert train_stage._bank(using, "freeze:bank")[0] == own
+    assert told == [f"sha256:{bank_digest(own)}"]
+    registry.register(own)  # version 2, or 1 where there was none
+    payload["reference"] = "sparta-activation/2" if registered == "another activation" else "sparta-activation/1"
+    directory, _ = train_stage._bank(using, "freeze:bank")
+    assert directory == tmp_path / "x" / "bank"
+    assert bank_digest(directory) == bank_digest(own)
+    assert told[1:] == [payload["reference"]]

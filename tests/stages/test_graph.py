@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.artifacts import fingerprint
+from pipeline.artifacts import StageRecord, fingerprint
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config
+from pipeline.data import prepare
+from pipeline.stages.fit import check_images
 from pipeline.stages.graph import STAGES, head, reported_models, tail
-from pipeline.stages.node import Node
+from pipeline.stages.node import Finished, Node
 from sparta_models import ActivationBank, build_model
 
 
@@ -123,8 +125,12 @@ def test_activation_from_elsewhere_is_taken_to_the_targets_and_no_source_is_trai
             ["transfer.0.model={name: vgg16_bn}", "transfer.0.adapt=none"],
             "target deeper: unknown adapt rule 'none'; known: interpolate, mean",
         ),
-        (["transfer.0.model.options={depth: 3}"], "target deeper: resnet14 cannot be built: .*depth"),
-        (["model.options={width: 0}"], "model: resnet8 cannot be built: .*width"),
+        (
+            ["transfer.0.model.options={depth: 3}"],
+            r"transfer:deeper: resnet14 with {'depth': 3} cannot be built: .*depth",
+        ),
+        (["model.options={width: 0}"], r"pretrain:source: resnet8 with {'width': 0} cannot be built: .*width"),
+        (["model.options={widht: 8}", "transfer=[]"], r"pretrain:source: .* cannot be built: .*widht"),
     ],
 )
 def test_target_that_the_activation_does_not_fit_is_refused_before_anything_is_trained(
@@ -133,6 +139,17 @@ def test_target_that_the_activation_does_not_fit_is_refused_before_anything_is_t
     with pytest.raises(ConfigError, match=message):
         nodes(*overrides)
     assert nodes("transfer.0.model.options={width: 24}", "transfer.0.adapt=mean")
+
+
+def test_more_test_images_than_there_are_are_refused_when_the_data_is_there(tmp_path: Path) -> None:
+    config = load_config("demo", ["evaluation.num_examples=225"])
+    prepared = prepare(config.data, tmp_path, seed=0)
+    record = StageRecord.model_construct(payload={})
+    done = {"prepare:source": Finished(prepared.directory, record)}
+    with pytest.raises(ConfigError, match="expected num_examples <= 224, the test images of digits 0-4, got 225"):
+        check_images(tail(config), done)
+    check_images(tail(config), {})
+    check_images(tail(load_config("demo", ["evaluation.num_examples=224"])), done)
 
 
 def test_trying_the_fit_moves_no_random_numbers() -> None:

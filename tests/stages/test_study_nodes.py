@@ -131,8 +131,12 @@ def test_of_an_activation_from_elsewhere_there_are_transfers_alone() -> None:
         ("study.final={contenders: [mish], evaluation: {}}", "among silu, .* got mish"),
         ("transfer=[{name: final-home, model: {name: resnet14}}]", "begin with .* got final-home"),
         ("study.final={targets: [moon], evaluation: {}}", "among deeper, digits-5-9, got moon"),
+        (
+            "study.contenders=[{name: short, activation: {name: silu}, epochs: 2}]",
+            "study.contenders short: .*warmup_epochs",
+        ),
     ],
 )
 def test_bad_studies_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config("study_quick", [override])
+        load_config("study_quick", [override, "training.schedule={kind: cosine, warmup_epochs: 2}"])

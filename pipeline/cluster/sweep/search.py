@@ -117,7 +117,8 @@ def _train() -> Train:
 def _identify(base: ChainConfig) -> Callable[[dict[str, Any]], str]:
     def identify(values: dict[str, Any]) -> str:
         config = trial_config(base, values)
-        sections = config.model_dump(mode="json", include={"data", "model", "augment", "training", "seed"})
+        # Not the data: a search of other images has another output directory, and the same images may move.
+        sections = config.model_dump(mode="json", include={"model", "augment", "training", "seed"})
         return fingerprint({**sections, "workers": base.search.num_workers})
 
     return identify

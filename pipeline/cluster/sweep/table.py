@@ -7,6 +7,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from pipeline.cluster.sweep.trials import Trial
 
@@ -55,7 +56,7 @@ class Table:
         if self._live:
             self._live.update(self._render())
         elif self._open and (trial.finished or trial.history):
-            self._console.print(self._line(trial), highlight=False, soft_wrap=True)
+            self._console.print(self._line(trial), highlight=False, soft_wrap=True, markup=False)
         if self._show is not None:
             self._show(trial)
 
@@ -74,7 +75,8 @@ class Table:
         order = sorted(self._trials.values(), key=lambda t: (t.finished, -(t.best.robust if t.best else 0.0)))
         for trial in order[:_ROWS]:
             values = [brief(trial.values[key]) if key in trial.values else "" for key in shown]
-            table.add_row(str(trial.number + 1), *values, *_progress(trial), trial.state)
+            cells = (str(trial.number + 1), *values, *_progress(trial), trial.state)
+            table.add_row(*map(Text, cells))  # a value or an error in brackets is no style
         return table
 
 

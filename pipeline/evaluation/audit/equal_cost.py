@@ -39,7 +39,7 @@ def beside_equal_cost(subject: Subject, found: Check) -> Check:
     summary = f"{found.summary}; robust accuracy of this network minus that of {'; '.join(told)}"
     if better:
         summary += f"; more robust at no more cost: {', '.join(better)}"
-    verdict = "warn" if better and found.verdict == "pass" else found.verdict
+    verdict = "warn" if better and found.verdict in ("pass", "skip") else found.verdict
     return found.model_copy(update={"summary": summary, "verdict": verdict, "details": {**found.details, **details}})
 
 

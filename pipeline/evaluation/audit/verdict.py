@@ -36,7 +36,10 @@ def judged_share(
     number: int, name: str, count: int, n: int, *, warn: float, fail: float, summary: str,
     details: dict[str, float | list[float]] | None = None,
 ) -> Check:  # fmt: skip
-    """A check on a share of examples; its figure is the lower end of the 95 % interval: chance does not condemn."""
+    """A check on a share of examples; its figure is the lower end of the 95 % interval: chance does not condemn.
+
+    Where so few could be counted that all of them would not have failed it, ask `cannot_fail` before.
+    """
     share = Accuracy.of(count, n)
     return judged(
         number, name, share.low if count else 0.0, warn=warn, fail=fail,
@@ -59,8 +62,17 @@ def skipped(number: int, name: str, reason: str) -> Check:
     )
 
 
+def cannot_fail(number: int, name: str, possible: int, n: int, fail: float) -> Check | None:
+    """A skipped check, where even all of the `possible` examples that are left would be taken for chance."""
+    if possible and Accuracy.of(possible, n).low > fail:
+        return None
+    return skipped(number, name, f"{possible} of {n} examples withstand the attack before: too few to show anything")
+
+
 def beats(number: int, name: str, subject: Subject, attacks: Mapping[str, Attack], what: str) -> Check:
     """A check that none of `attacks` fools what the white-box attack did not."""
+    if (vain := cannot_fail(number, name, len(subject.survivors.y), subject.n, BEATEN_FAIL)) is not None:
+        return vain
     masks = {key: subject.fooled(attack) for key, attack in attacks.items()}
     each: dict[str, float | list[float]] = {f"fooled by {key}": float(mask.sum()) for key, mask in masks.items()}
     return judged_share(
