@@ -13,6 +13,7 @@ REF is NAME@ALIAS or NAME/VERSION. Exit code 0 done, 1 refused or not reachable,
 import argparse
 import getpass
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,8 +126,8 @@ def _push(registry: Registry, options: argparse.Namespace) -> None:
 
 def _pair(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
-    if not key or not separator:
-        raise ValueError(f"expected --tag KEY=VALUE, got {text!r}")
+    if not separator or not re.fullmatch(r"[\w. :/-]{1,250}", key):
+        raise ValueError(f"expected --tag KEY=VALUE with a key of letters, digits, blanks and _-.:/, got {text!r}")
     return key, value
 
 

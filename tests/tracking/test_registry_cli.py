@@ -1,3 +1,4 @@
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.evaluation.records import AttackResult, AuditReport, Check, Evalua
 from pipeline.evaluation.stats import Accuracy
 from pipeline.registry import main
 from pipeline.tracking import Registry, Tracker
+from pipeline.tracking.client import reaching
 from pipeline.training import load_model, save_model
 from pipeline.training.model_io import ModelMeta
 from sparta_models import ActivationBank, build_model
@@ -240,3 +242,21 @@ def test_a_registry_that_is_away_is_one_line_and_code_1(tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert "cannot be reached" in error
     assert error.count("\n") == 1
+
+
+def test_a_tag_that_mlflow_refuses_is_refused_before_anything_is_logged(
+    root: Path, network: Path, capsys: pytest.CaptureFixture[str]
+):
+    for text in ("who made it?=x", "=x", "alone"):
+        assert main(["--root", str(root), "push", str(root / "bank"), "--tag", text]) == 2
+        error = capsys.readouterr().err
+        assert "expected --tag KEY=VALUE with a key of letters" in error
+        assert error.count("\n") == 1
+
+
+def test_a_full_disk_is_not_taken_for_a_server_that_is_away():
+    with pytest.raises(OSError, match="No space left") as caught, reaching("http://127.0.0.1:9"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/big/bank")
+    assert not isinstance(caught.value, ConnectionError)
+    with pytest.raises(ConnectionError, match="cannot be reached"), reaching("http://127.0.0.1:9"):
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
