@@ -209,7 +209,10 @@ def ship(name: str, runs: Path) -> None:
 def write_cards() -> None:
     """The cards of all shipped banks."""
     for name in pretrained_banks():
-        (PRETRAINED / name / CARD).write_text(card(name, shipped(name)), encoding="utf-8")
+        if entries := shipped(name):
+            (PRETRAINED / name / CARD).write_text(card(name, entries), encoding="utf-8")
+        else:
+            print(f"{name}: its network is not in the study; ship one that is (--ship {name} RUNS)")
 
 
 def shipped(name: str) -> list[Entry]:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from pipeline.artifacts import write_atomic
 from pipeline.chain import Action, Chain, Decision, OutputLockedError
-from pipeline.cluster import ClusterTooSmall
+from pipeline.cluster import ClusterTooSmall, raised_as_such
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
 from pipeline.config.tracking import redact
@@ -27,7 +27,7 @@ from pipeline.stages.fit import check_images
 from pipeline.stages.graph import STAGES, head, settled, tail, tuned
 from pipeline.stages.node import Node
 from pipeline.stages.services import Services
-from pipeline.stages.summary import closing_lines
+from pipeline.stages.summary import REPORT, STUDY, closing_lines
 
 DONE, STAGE_FAILED, BAD_CONFIG, CLUSTER_TOO_SMALL, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _run(load_config(options.config, options.overrides), options)
+        with raised_as_such():
+            return _run(load_config(options.config, options.overrides), options)
     except (ConfigError, DataError, OutputLockedError) as error:
         return _fail(error, BAD_CONFIG)
     except (ClusterTooSmall, ConnectionError) as error:
@@ -50,10 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error}; the same command goes on from here", STAGE_FAILED)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {_again(options)} goes on from here", INTERRUPTED)
-    except (Terminated, SystemError) as error:
-        # SystemError: so Ray's compiled code passes on what the handler of a signal raised while it waited.
-        if not isinstance(error, Terminated) and not isinstance(error.__cause__, Terminated):
-            raise
+    except Terminated:
         return _fail(f"terminated; {_again(options)} goes on from here", TERMINATED)
 
 
@@ -90,14 +88,14 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
         if ahead := _trainings_ahead(planned):
             services.check_cluster(searching="search" in ahead)
         with chain.alone():
-            early, search = _apart(_chosen(head(config), STAGES[: last + 1]))
-            chain.execute(early, services)
-            check_images(tail(config), chain.done)
-            chain.execute(search, services)
+            for stage in ("freeze", "prepare", "search"):  # a bank, the data: minutes; then what takes hours
+                if stage == "search":
+                    check_images(_chosen(tail(config), STAGES[: last + 1]), chain.done)
+                chain.execute([n for n in _chosen(head(config), STAGES[: last + 1]) if n.stage == stage], services)
             if settled(config, chain.done):
                 config = tuned(config, chain.done)
                 chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)
-        _publish(chain)
+            _publish(chain)
         if chain.failed:
             services.chain_run.fail()
     print(closing_lines(config, chain.output, chain.done, chain.failed))
@@ -105,7 +103,10 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
 
 
 def _publish(chain: Chain) -> None:
-    """Copy the page of this configuration to a place that stays; it holds everything it shows, so the copy is whole."""
+    """Copy the page of this configuration to a place that stays; it holds everything it shows, so the copy is whole.
+    Where there is none, that of another configuration does not stay."""
+    for page in (REPORT, STUDY):
+        (chain.output / page).unlink(missing_ok=True)
     for finished in (done for key, done in chain.done.items() if key.startswith("report:")):
         page = str(finished.record.payload["page"])
         write_atomic(chain.output / page, (finished.directory / page).read_text(encoding="utf-8"))
@@ -131,11 +132,6 @@ def _tell(planned: Sequence[Decision], config: ChainConfig, chain: Chain) -> Non
     estimates, speed = estimate([decision.node for decision in planned], config, chain.done)
     if ahead:
         print("\n".join(table([e for e in estimates if e.key in ahead], speed)))
-
-
-def _apart(nodes: Sequence[Node[Any]]) -> tuple[list[Node[Any]], list[Node[Any]]]:
-    """What is done in minutes, and the search."""
-    return [n for n in nodes if n.stage != "search"], [n for n in nodes if n.stage == "search"]
 
 
 def _chosen(nodes: Iterable[Node[Any]], stages: Sequence[str]) -> list[Node[Any]]:

@@ -87,7 +87,7 @@ def test_more_workers_than_the_cluster_has_is_exit_3(tmp_path: Path, capsys: pyt
 
 
 def test_a_trial_that_is_too_big_is_exit_3_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["search.enabled=true", "search.num_workers=4096"]) == 3
+    assert run.main(["search.enabled=true", "search.num_workers=4096", "training.batch_size=8192"]) == 3
     assert "lower search.num_workers" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 

@@ -3,6 +3,7 @@
 from pipeline.cluster.capacity import Capacity, ClusterTooSmall, preflight
 from pipeline.cluster.launch import TrainingFailed, launch, launch_many
 from pipeline.cluster.session import ensure_ray
+from pipeline.cluster.signals import raised_as_such
 from pipeline.cluster.tasks import num_task_slots, run_tasks
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "launch_many",
     "num_task_slots",
     "preflight",
+    "raised_as_such",
     "run_tasks",
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.capacity import connected
+from pipeline.cluster.signals import raised_as_such
 from pipeline.config.base import one_line
 from pipeline.config.scaling import ScalingConfig
 
@@ -78,17 +79,17 @@ def _own_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler, told = signal.getsignal(signal.SIGTERM), False
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        yield
+        with raised_as_such():
+            yield
     except SystemExit as error:
-        told = error.code == signal.SIGTERM
-        if not told:
-            raise
+        signal.signal(signal.SIGTERM, handler)
+        if error.code == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
         signal.signal(signal.SIGTERM, handler)
-    if told:
-        signal.raise_signal(signal.SIGTERM)
 
 
 def cluster_address(scaling: ScalingConfig) -> str | None:

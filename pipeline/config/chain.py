@@ -123,12 +123,16 @@ class ChainConfig(Section):
             **{f"transfer {target.name}: training": target.training for target in self.transfer},
             "study.standard.training": standard.training if standard else None,
         }
-        workers = self.scaling.max_workers
+        workers, trial = self.scaling.min_workers, self.search.num_workers if self.search.enabled else 1
+        if trial > workers:
+            workers, setting = trial, "search.num_workers"
+        else:
+            setting = "scaling.num_workers"
         for name, training in trainings.items():
             if workers > 1 and training is not None and training.batch_size < 2 * workers:
                 raise ValueError(
                     f"{name}.batch_size={training.batch_size} is less than two images for each of {workers} workers; "
-                    "raise it, or lower scaling.num_workers"
+                    f"raise it, or lower {setting}"
                 )
         return self
 

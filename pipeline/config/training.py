@@ -159,7 +159,8 @@ class OptimizerConfig(Section):
     norm_weight_decay: float | None = Field(default=None, ge=0)
     """Decay of normalisation parameters and biases; unset: as weight_decay, the usual recipe of the field."""
     activation_lr_factor: float = Field(default=5.0, ge=0)
-    """Learning rate of activation parameters, relative to lr. Their gradients are small, and they have no decay."""
+    """Learning rate of activation parameters, relative to lr. Their gradients are small, and they have no decay. 0: the
+    activations are frozen as they start."""
     activation_weight_decay: float = Field(default=0.0, ge=0)
     """Decay of activation parameters."""
     clip_norm: float | None = Field(default=None, gt=0)

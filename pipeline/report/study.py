@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, model_
 from scipy import stats
 
 from pipeline.config.base import Section
+from pipeline.evaluation.sample import sample
 from pipeline.evaluation.stats import CONFIDENCE, Accuracy
 
 Correct = npt.NDArray[np.bool_]
@@ -73,6 +74,8 @@ class Entry(Section):
     """On the validation split, at the epoch that was kept."""
     val_robust: float
     """On the validation split, at the epoch that was kept."""
+    split_size: int
+    """Images of the test split, of which `clean.n` were judged."""
     clean: Accuracy
     """On the test split."""
     robust: Accuracy
@@ -245,18 +248,23 @@ class Study(Section):
         ]
 
     def first_judgement(self, group: str) -> Self | None:
-        """What the finalists of a group reached in the group that they come from, on those images that they are judged
-        on again: its first ones. None where a network or an image is not the same."""
+        """What the finalists of a group reached in the group that they come from, on those of its images that they are
+        judged on again. None where a network or an image is not the same."""
         known = {entry.key: entry for entry in self.entries}
         origin, entries = group.removesuffix(FINALISTS), []
         for final in self.entries:
             if final.group != group:
                 continue
-            first, n = known.get((origin, final.contender, final.seed)), final.robust.n
-            if first is None or first is final or not np.array_equal(first.correct_clean[:n], final.correct_clean):
+            first = known.get((origin, final.contender, final.seed))
+            if first is None or first is final or first.weights_sha256 != final.weights_sha256:
                 return None
-            robust = first.correct_robust[:n]
-            cut = {"robust": Accuracy.of(int(robust.sum()), n), "clean": final.clean}
+            there = {image: place for place, image in enumerate(sample(first.split_size, first.robust.n).tolist())}
+            images: list[int] = sample(final.split_size, final.robust.n).tolist()
+            chosen = [there[image] for image in images if image in there]
+            if not np.array_equal(first.correct_clean[chosen], final.correct_clean):
+                return None
+            robust = first.correct_robust[chosen]
+            cut = {"robust": Accuracy.of(int(robust.sum()), final.robust.n), "clean": final.clean}
             entries.append(
                 first.model_copy(update={**cut, "correct_robust": robust, "correct_clean": final.correct_clean})
             )

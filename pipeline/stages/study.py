@@ -222,6 +222,7 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         precision=record.precision,
         val_clean=record.val_clean,
         val_robust=record.val_robust,
+        split_size=evaluation.split_size,
         clean=evaluation.clean,
         robust=evaluation.union,
         trained_by=_trained_by(network.task.training),

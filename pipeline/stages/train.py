@@ -121,7 +121,7 @@ def _bank(context: StageContext[TrainTask], key: str) -> tuple[Path, FrozenBank]
         registry.pull(frozen.reference, directory)
     except (ConnectionError, ValueError) as error:
         _log.warning("%s; %s uses the local files", error, context.key)
-        context.run.activation(frozen.reference if isinstance(error, ConnectionError) else by_digest)
+        context.run.activation(by_digest)
         return local, frozen
     context.run.activation(frozen.reference)
     return directory, frozen

@@ -17,11 +17,12 @@ from pipeline.data import PreparedData
 from pipeline.training.job import TrainJob
 from pipeline.training.model_io import ModelMeta
 from pipeline.training.seeds import derive_seed
-from sparta_models import ActivationBank
+from sparta_models import Activation, ActivationBank
 
 
 def build_network(job: TrainJob, prepared: PreparedData, bank: ActivationBank | None) -> tuple[nn.Module, ModelMeta]:
-    """The job's network with initial weights from its seed, the bank applied and frozen if there is one.
+    """The job's network with initial weights from its seed, the bank applied and frozen if there is one; without one
+    and with `activation_lr_factor` 0 its own activations are frozen as they start.
 
     Raises:
         ValueError: for a bank that does not fit.
@@ -43,6 +44,10 @@ def build_network(job: TrainJob, prepared: PreparedData, bank: ActivationBank | 
         if bank is not None:
             bank.apply_to(model, freeze=True, adapt=job.adapt)
             meta = meta.model_copy(update={"activation": bank.spec.mapping(), "frozen": True})
+        elif job.training.optimizer.activation_lr_factor == 0:
+            for activation in (module for module in model.modules() if isinstance(module, Activation)):
+                activation.freeze()
+            meta = meta.model_copy(update={"frozen": True})
     return model, meta
 
 

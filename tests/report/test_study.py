@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline.evaluation.sample import sample
 from pipeline.evaluation.stats import Accuracy
 from pipeline.report.study import Entry, Mean, Role, Study
 from pipeline.report.study_page import COLUMNS, markdown, sentences, table_rows, write_study
@@ -29,6 +30,7 @@ def entry(contender: str, seed: int, num_robust: int, *, role: Role = "other", g
         precision="bf16",
         val_clean=0.9,
         val_robust=0.5,
+        split_size=2 * N,
         clean=Accuracy.of(36, N),
         robust=Accuracy.of(num_robust, N),
         trained_by="pgd_at at linf 0.1",
@@ -227,9 +229,34 @@ def test_of_finalists_the_page_says_what_the_first_judges_found_on_the_same_imag
     assert study().first_judgement("home") is None
 
 
+def test_of_a_whole_test_split_the_finalists_images_are_found_where_they_stand() -> None:
+    chosen = sample(N, 23)
+    update = {"split_size": N, "correct_clean": np.ones(N, bool), "clean": Accuracy.of(N, N)}
+    firsts = [e.model_copy(update=update) for e in study().entries if e.contender in ("sparta", "control")]
+    finals_ = [
+        e.model_copy(
+            update={
+                "group": "home: finalists",
+                "correct_clean": np.ones(23, bool),
+                "clean": Accuracy.of(23, 23),
+                "correct_robust": e.correct_robust[chosen],
+                "robust": Accuracy.of(int(e.correct_robust[chosen].sum()), 23),
+            }
+        )
+        for e in firsts
+    ]
+    first = Study(name="x", entries=(*firsts, *finals_)).first_judgement("home: finalists")
+    assert first is not None
+    for entry_, final in zip(first.entries, finals_, strict=True):
+        assert np.array_equal(entry_.correct_robust, final.correct_robust)
+        assert not np.array_equal(entry_.correct_robust, firsts[0].correct_robust[:23])
+
+
 def test_another_image_or_network_is_not_compared() -> None:
     whole = finals()
     other = whole.entries[-1].model_copy(update={"correct_clean": ~whole.entries[-1].correct_clean})
     assert Study(name="x", entries=(*whole.entries[:-1], other)).first_judgement("home: finalists") is None
     entries = [e for e in whole.entries if e.key != ("home", "control", 1)]
     assert Study(name="x", entries=tuple(entries)).first_judgement("home: finalists") is None
+    retrained = whole.entries[-1].model_copy(update={"weights_sha256": "f" * 64})
+    assert Study(name="x", entries=(*whole.entries[:-1], retrained)).first_judgement("home: finalists") is None

@@ -68,7 +68,7 @@ def test_the_report_is_given_the_ranked_trials_by_the_names_that_all_else_calls_
 
 def test_a_trial_that_does_not_fit_is_no_matter_when_the_search_is_done(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = load_config("demo", ["search.enabled=true", "search.num_workers=4096", "scaling.num_workers=1"])
+    config = load_config("demo", ["search.enabled=true", "search.num_workers=4096", "training.batch_size=8192"])
     services = Services(config, tmp_path)
     services.check_cluster(searching=False)
     with pytest.raises(ClusterTooSmall, match=r"search\.num_workers"):

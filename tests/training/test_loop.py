@@ -23,7 +23,7 @@ from pipeline.config.training import (
     StandardConfig,
     TRADESConfig,
 )
-from pipeline.data import open_split
+from pipeline.data import PreparedData, open_split
 from pipeline.training import (
     Context,
     NonFiniteLossError,
@@ -220,6 +220,17 @@ def test_frozen_bank_is_the_same_after_training(make_job, tmp_path):
         for a, b in zip(sites_of(kept), sites_of(source), strict=True)
         if hasattr(a.function, "weight")
     )
+
+
+@pytest.mark.parametrize("name", ["sparta", "frelu"])
+def test_an_activation_without_a_learning_rate_stays_as_it_starts(name, make_job):
+    optimizer = OptimizerConfig(lr=0.1, clip_norm=1.0, activation_lr_factor=0, activation_weight_decay=0.1)
+    options = {"activation": ActivationConfig(name=name), "ema": EMAConfig(decay=0.5), "awp": AWPConfig()}
+    job = make_job(optimizer=optimizer, **options)
+    start = ActivationBank.from_model(build_network(job, PreparedData.load(job.data), None)[0])
+    assert train(job, Context()).activation_digest == start.digest
+    kept = load_model(job.output / "model")
+    assert not any(parameter.requires_grad for site in sites_of(kept) for parameter in site.parameters())
 
 
 def sites_of(model):

@@ -38,7 +38,7 @@ def judged_share(
 ) -> Check:  # fmt: skip
     """A check on a share of examples; its figure is the lower end of the 95 % interval: chance does not condemn.
 
-    Where so few could be counted that all of them would not have failed it, ask `cannot_fail` before.
+    Where so few could be counted that all of them would show nothing, ask `in_vain` before.
     """
     share = Accuracy.of(count, n)
     return judged(
@@ -62,16 +62,16 @@ def skipped(number: int, name: str, reason: str) -> Check:
     )
 
 
-def cannot_fail(number: int, name: str, possible: int, n: int, fail: float) -> Check | None:
+def in_vain(number: int, name: str, possible: int, n: int, warn: float) -> Check | None:
     """A skipped check, where even all of the `possible` examples that are left would be taken for chance."""
-    if possible and Accuracy.of(possible, n).low > fail:
+    if possible and Accuracy.of(possible, n).low > warn:
         return None
     return skipped(number, name, f"{possible} of {n} examples withstand the attack before: too few to show anything")
 
 
 def beats(number: int, name: str, subject: Subject, attacks: Mapping[str, Attack], what: str) -> Check:
     """A check that none of `attacks` fools what the white-box attack did not."""
-    if (vain := cannot_fail(number, name, len(subject.survivors.y), subject.n, BEATEN_FAIL)) is not None:
+    if (vain := in_vain(number, name, len(subject.survivors.y), subject.n, BEATEN_WARN)) is not None:
         return vain
     masks = {key: subject.fooled(attack) for key, attack in attacks.items()}
     each: dict[str, float | list[float]] = {f"fooled by {key}": float(mask.sum()) for key, mask in masks.items()}
