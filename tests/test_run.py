@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pipeline import run
 from pipeline.chain import Action, Decision
 from pipeline.config.chain import ChainConfig
-from pipeline.config.load import load_config
+from pipeline.config.load import ConfigError, load_config
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 
 
@@ -186,6 +186,52 @@ def test_another_chain_is_kept_out_while_the_search_is_read(tmp_path: Path, monk
     monkeypatch.setattr(run, "tuned", tuned)
     assert run.main(["tracking.enabled=false"]) == 1
     assert len(refused) == 1
+
+
+def test_the_page_in_the_chains_folder_is_that_of_the_configuration_that_ran_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def page(context: StageContext[str]) -> StageResult:
+        if context.task == "broken":
+            raise ValueError("no page")
+        (context.directory / run.REPORT).write_text(context.task)
+        return StageResult({"page": run.REPORT}, [run.REPORT])
+
+    def ran(title: str, *options: str) -> str | None:
+        tail = [Node("report", "page", title, {"title": title}, one_by_one(page), ())]
+        monkeypatch.setattr(run, "tail", lambda config: tail)
+        monkeypatch.setattr(run, "closing_lines", lambda *_: "")
+        run.main(["tracking.enabled=false", *options])
+        shown = tmp_path / "runs" / "demo" / run.REPORT
+        return shown.read_text() if shown.exists() else None
+
+    monkeypatch.setattr(run, "head", lambda config, planning=False: [toy_node("prepare", "source")])
+    assert [ran("a"), ran("b"), ran("a")] == ["a", "b", "a"]  # the third has nothing to do
+    assert ran("broken") is None
+    assert ran("a") == "a"
+    assert ran("b", "--until", "evaluate") is None
+
+
+def test_images_are_counted_before_the_search_and_for_the_stages_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [toy_node("prepare", "source"), toy_node("search", "best", "prepare:source")]
+    monkeypatch.setattr(run, "head", lambda config, planning=False: nodes)
+    monkeypatch.setattr(run, "tail", lambda config: [toy_node("evaluate", "source", "prepare:source")])
+
+    def refuse(planned: list[Node[str]], done: object) -> None:
+        if planned:
+            raise ConfigError("more images than there are")
+
+    monkeypatch.setattr(run, "check_images", refuse)
+    monkeypatch.setattr(run, "tuned", lambda config, done: config)
+    assert run.main(["tracking.enabled=false"]) == 2
+    printed = capsys.readouterr()
+    assert "more images than there are" in printed.err
+    assert "prepare:source" in printed.out
+    assert "search:best" not in printed.out
+    assert run.main(["tracking.enabled=false", "--until", "search"]) == 0
+    assert "search:best" in capsys.readouterr().out
 
 
 @pytest.mark.slow
