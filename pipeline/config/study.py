@@ -1,7 +1,7 @@
 """A study: the chain's networks trained again and again, with several activations and several seeds."""
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -68,6 +68,9 @@ class StudyConfig(Section):
     """Seeds of weights, data order, augmentation and attacks; the split of the data stays that of the chain's seed."""
     contenders: tuple[Contender, ...] = ()
     """Activations beside the source's ("sparta") and the control's ("control")."""
+    on_targets: tuple[Literal["learned", "untrained"], ...] = ("learned", "untrained")
+    """On every transfer target beside the frozen activation and the control: the same activation learned there from
+    scratch, and frozen as it starts."""
     standard: RegimeConfig | None = None
     """The same networks trained without an attack; None: left out."""
     final: FinalConfig | None = None

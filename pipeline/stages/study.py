@@ -26,7 +26,7 @@ from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.train import TrainTask, train_node
 from pipeline.training import TrainedModel, load_model
 
-MAIN, CONTROL, FROZEN, LEARNED, UNTRAINED = "sparta", "control", "frozen", "learned", "untrained"
+MAIN, CONTROL, FROZEN, UNTRAINED = "sparta", "control", "frozen", "untrained"
 ADVERSARIAL, STANDARD = "adversarial training", "standard training"
 SOURCE_DATA = "prepare:source"
 
@@ -86,7 +86,7 @@ def _networks(config: ChainConfig, study: StudyConfig) -> Iterator[Network]:
         if study.standard is not None:
             yield from _at_home(config, study, seed, study.standard, STANDARD)
         for target in config.transfer:
-            yield from _on_target(config, target, seed)
+            yield from _on_target(config, study, target, seed)
     if study.final is not None:
         yield from _finalists(config, study, study.final)
 
@@ -99,7 +99,7 @@ def _finalists(config: ChainConfig, study: StudyConfig, final: FinalConfig) -> I
         networks = [*_at_home(config, study, seed, regime, ADVERSARIAL)]
         for target in config.transfer:
             if final.targets is None or target.name in final.targets:
-                networks += _on_target(config, target, seed)
+                networks += _on_target(config, study, target, seed)
         for network in networks:
             if network.contender in names:
                 yield replace(
@@ -140,11 +140,11 @@ def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeC
         )
 
 
-def _on_target(config: ChainConfig, target: TransferTarget, seed: int) -> Iterator[Network]:
-    """The frozen activation, the same one learned from scratch and as it starts, and the control, with the target's
-    budget. The one that stays as it starts says what of the frozen one's gain comes of its having been trained."""
+def _on_target(config: ChainConfig, study: StudyConfig, target: TransferTarget, seed: int) -> Iterator[Network]:
+    """The frozen activation, what is asked for beside it, and the control, with the target's budget. An activation that
+    stays as it starts says what of the frozen one's gain comes of its having been trained."""
     architecture = target.model or config.model
-    for name in (FROZEN, LEARNED, UNTRAINED, CONTROL):
+    for name in (FROZEN, *study.on_targets, CONTROL):
         activation = config.control if name == CONTROL else config.model.activation
         training = target.training or config.training
         if name == UNTRAINED:

@@ -66,6 +66,15 @@ def test_a_frozen_activation_comes_from_the_same_seed() -> None:
         assert replace(untrained, training=training) == learned
 
 
+def test_what_stands_beside_the_frozen_activation_may_be_left_out() -> None:
+    every = nodes("study_quick", "study.on_targets=[untrained]")
+    assert {key.rpartition("-")[0] for key in every if key.startswith("transfer:deeper")} == {
+        "transfer:deeper-frozen",
+        "transfer:deeper-untrained",
+        "transfer:deeper-control",
+    }
+
+
 def test_a_contender_may_be_wider_or_train_longer() -> None:
     every = nodes("study", *OWN_DATA)
     assert every["pretrain:relu.wider-s0"].task.model.options["width"] == 18
