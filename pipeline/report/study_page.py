@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -148,20 +149,26 @@ def _records(study: Study) -> Iterator[dict[str, object]]:
         yield record | {"n": entry.robust.n, "clean": entry.clean.value, "robust": entry.robust.value}
 
 
+_SHAPES = "s^DvP*Xph<>d"
+"""What tells contenders of one colour apart."""
+
+
 def _chart(study: Study, group: str, number: int, output: Path, dpi: int) -> Chart:
     def paint(axes: Axes) -> None:
-        for name in study.contenders(group):
+        shapes = itertools.cycle(_SHAPES)
+        for name, *_ in table_rows(study, group):
             entries = study.of(group, name)
-            colour = {"main": OURS, "control": CONTROL, "other": MUTED}[entries[0].role]
+            role = entries[0].role
+            colour = {"main": OURS, "control": CONTROL, "other": MUTED}[role]
+            shape = next(shapes) if role == "other" else "o"
             clean, robust = ([entry.accuracy(what).value for entry in entries] for what in ("clean", "robust"))
-            axes.scatter(clean, robust, s=14, color=colour, alpha=0.5, linewidths=0)
-            at = (_mean(clean), _mean(robust))
-            axes.plot(*at, "o", color=colour, markersize=8)
-            axes.annotate(name, at, xytext=(6, 4), textcoords="offset points", fontsize=9, color=colour)
+            axes.plot(clean, robust, shape, color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
+            axes.plot(_mean(clean), _mean(robust), shape, color=colour, markersize=8, label=name)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside: the means of many lie close together
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.margins(0.15)
-        axes.set_xlabel("clean accuracy (large dot: mean over seeds)")
+        axes.set_xlabel("clean accuracy (large: mean over seeds)")
         axes.set_ylabel("robust accuracy")
 
     return draw(f"study-{number}", group, paint, output, dpi=dpi, size=(5.6, 4.2))
