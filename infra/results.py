@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.artifacts import RECORD as STAGE_RECORD  # noqa: E402
 from pipeline.artifacts import load_record  # noqa: E402
+from pipeline.cluster.sweep.results import COLUMNS as TRIAL_COLUMNS  # noqa: E402
+from pipeline.cluster.sweep.results import ERROR, TABLE  # noqa: E402
 from pipeline.report.study import Entry, Study  # noqa: E402
 from pipeline.report.study_page import (  # noqa: E402
     COLUMNS,
@@ -86,9 +88,9 @@ def sweep(folder: Path = SWEEP) -> list[str]:
         return []
     settings = record.inputs["sections"]
     epochs = settings["search"]["epochs"] or settings["training"]["epochs"]
-    with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
+    with (folder / TABLE).open(newline="", encoding="utf-8") as file:
         trials = sorted(csv.DictReader(file), key=lambda row: -float(row["robust"] or 0))
-    names = list(trials[0])[8:-1]  # the table's own columns stand before, the error behind
+    names = [name for name in trials[0] if name not in (*TRIAL_COLUMNS, ERROR)]
     rows = [
         (t["trial"], *(_value(n, t[n]) for n in names), *(_percent(t[w]) for w in ("clean", "robust"))) for t in trials
     ]

@@ -16,6 +16,8 @@ from pipeline.config.chain import ChainConfig
 from pipeline.config.load import overlay
 
 TABLE, BEST = "trials.csv", "best.yaml"
+COLUMNS, ERROR = ("trial", "state", "epochs", "clean", "robust", "best_epoch", "front", "seconds"), "error"
+"""The table's own columns; the values of a trial stand between them."""
 
 
 def write_results(
@@ -36,7 +38,7 @@ def _table(trials: Sequence[Trial], front: Sequence[Trial], names: Mapping[str, 
     numbers = {trial.number for trial in front}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", "epochs", "clean", "robust", "best_epoch", "front", "seconds", *names, "error"])
+    writer.writerow([*COLUMNS, *names, ERROR])
     for trial in trials:
         best, epochs = trial.best, trial.history[-1].epoch if trial.history else 0
         scores = [best.clean, best.robust, best.epoch] if best else ["", "", ""]
