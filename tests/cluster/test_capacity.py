@@ -15,7 +15,7 @@ CPU_NODE = {"CPU": 4.0}
 GPU_NODE = {"CPU": 8.0, "GPU": 2.0}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(nodes=st.lists(st.integers(0, 9), max_size=5), cpus=st.integers(1, 4))
 def test_slots_are_counted_per_node_because_a_worker_cannot_be_divided(nodes, cpus):
     capacity = Capacity(tuple({"CPU": float(n)} for n in nodes))

@@ -88,7 +88,6 @@ def all_refused(
     @settings(
         max_examples=count,
         phases=(Phase.generate, Phase.shrink),
-        deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=HealthCheck,

@@ -104,7 +104,7 @@ def test_a_missing_journal_is_empty(tmp_path: Path):
     assert read_journal(tmp_path / "none.jsonl") == ([], 0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_read_without_an_error_and_can_be_appended_to(
     data: bytes, tmp_path_factory: pytest.TempPathFactory

@@ -31,14 +31,14 @@ def test_every_draw_has_the_unconditional_keys_and_only_the_conditional_ones_tha
             assert (key in point) == (not isinstance(rule, When) or point.get(rule.key) in rule.values)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(low=st.floats(1e-6, 1e3), width=st.floats(1e-3, 1e3), log=st.booleans(), seed=st.integers(0, 2**32))
 def test_a_uniform_draw_is_inside_its_range(low, width, log, seed):
     distribution = Uniform(low, low + width, log=log)
     assert low <= distribution.sample(random.Random(seed)) <= low + width
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(low=st.integers(1, 100), width=st.integers(1, 100), log=st.booleans(), seed=st.integers(0, 2**32))
 def test_an_integer_draw_is_whole_and_inside_its_range(low, width, log, seed):
     value = Integer(low, low + width, log=log).sample(random.Random(seed))
