@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import SmallNet
 
 from pipeline.config.training import AttackConfig, PGDATConfig, TrainingConfig
 from pipeline.training import Context, train
 from pipeline.training.fold import FoldedShadow
 from pipeline.training.methods import build_method
 from pipeline.training.network import Forward
+from tests.training.conftest import SmallNet
 
 
 def trained_for_three_steps(*, compiled: bool) -> tuple[SmallNet, list[float]]:
