@@ -144,7 +144,7 @@ def whole(found: Study) -> str:
 
 def short(found: Study) -> str:
     """For README: all tables, less the columns that all rows share."""
-    kept = ("contender", "activation", "clean %", "robust %", *LEADS.values(), "audit")
+    kept = ("contender", "activation", "seeds", "clean %", "robust %", *LEADS.values(), "audit")
     keep = [COLUMNS.index(name) for name in kept]
     lines = [READING, ""]
     for group in found.groups:
