@@ -23,11 +23,13 @@ from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
 from pipeline.config.tracking import redact
 from pipeline.data import DataError
+from pipeline.report import PAGE as REPORT
+from pipeline.report.study_page import PAGE as STUDY
 from pipeline.stages.fit import check_images
 from pipeline.stages.graph import STAGES, head, settled, tail, tuned
 from pipeline.stages.node import Node
 from pipeline.stages.services import Services
-from pipeline.stages.summary import REPORT, STUDY, closing_lines
+from pipeline.stages.summary import closing_lines
 
 DONE, STAGE_FAILED, BAD_CONFIG, CLUSTER_TOO_SMALL, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -88,10 +90,10 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
         if ahead := _trainings_ahead(planned):
             services.check_cluster(searching="search" in ahead)
         with chain.alone():
-            for stage in ("freeze", "prepare", "search"):  # a bank, the data: minutes; then what takes hours
-                if stage == "search":
-                    check_images(_chosen(tail(config), STAGES[: last + 1]), chain.done)
-                chain.execute([n for n in _chosen(head(config), STAGES[: last + 1]) if n.stage == stage], services)
+            ahead_of_training = _chosen(head(config), STAGES[: last + 1])
+            chain.execute([node for node in ahead_of_training if node.stage != "search"], services)  # minutes
+            check_images([step.node for step in planned if step.node.stage == "evaluate"], chain.done)
+            chain.execute([node for node in ahead_of_training if node.stage == "search"], services)  # hours
             if settled(config, chain.done):
                 config = tuned(config, chain.done)
                 chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)

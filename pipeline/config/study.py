@@ -33,12 +33,7 @@ class Contender(Section):
         Raises:
             ValidationError: where the two do not go together.
         """
-        content = training.model_dump()
-        if self.epochs is not None:
-            content["epochs"] = self.epochs
-        if self.activation_lr_factor is not None:
-            content["optimizer"]["activation_lr_factor"] = self.activation_lr_factor
-        return TrainingConfig.model_validate(content)
+        return training.varied(epochs=self.epochs, activation_lr_factor=self.activation_lr_factor)
 
 
 class RegimeConfig(Section):

@@ -321,6 +321,19 @@ class TrainingConfig(Section):
         keys = ("attack", "fallback")
         return {f"method.{key}": getattr(self.method, key) for key in keys if hasattr(self.method, key)}
 
+    def varied(self, *, epochs: int | None = None, activation_lr_factor: float | None = None) -> "TrainingConfig":
+        """This training with what is given in place of its own.
+
+        Raises:
+            ValidationError: where that does not go together with the rest.
+        """
+        content = self.model_dump()
+        if epochs is not None:
+            content["epochs"] = epochs
+        if activation_lr_factor is not None:
+            content["optimizer"]["activation_lr_factor"] = activation_lr_factor
+        return TrainingConfig.model_validate(content)
+
     @model_validator(mode="after")
     def _hard_labels_where_needed(self) -> "TrainingConfig":
         if self.label_smoothing and self.method.kind == "mart":

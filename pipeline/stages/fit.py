@@ -37,10 +37,13 @@ def check_images(nodes: Sequence[Node[Any]], done: Mapping[str, Finished]) -> No
     Raises:
         ConfigError: for an evaluation of more images than there are.
     """
+    most: dict[str, int] = {}
     for task in (node.task for node in nodes if isinstance(node.task, EvaluateTask)):
-        if task.data not in done or (asked := task.evaluation.num_examples) is None:
+        most[task.data] = max(most.get(task.data, 0), task.evaluation.num_examples or 0)
+    for data, asked in most.items():
+        if data not in done or not asked:
             continue
-        prepared = PreparedData.load(done[task.data].directory)
+        prepared = PreparedData.load(done[data].directory)
         if asked > (available := prepared.splits["test"].count):
             raise ConfigError(
                 f"expected num_examples <= {available}, the test images of {prepared.name}, got {asked}; lower "

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.config.bank import BankConfig
 from pipeline.config.base import one_line
 from pipeline.config.load import ConfigError
+from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.data.paths import resolve_path
 from pipeline.evaluation.stats import Accuracy
@@ -50,6 +51,11 @@ class FreezeTask:
     """Key of the node that prepared what it was trained on."""
     threat: str
     """The threat model it was trained against, in words."""
+
+
+def threat_in_words(training: TrainingConfig) -> str:
+    """What a training was made against, as `FreezeTask.threat`."""
+    return f"{training.threat.norm} eps={training.threat.eps:.4g}, {training.method.kind}"
 
 
 def freeze_node(task: FreezeTask, branch: str = "bank") -> Node[FreezeTask]:

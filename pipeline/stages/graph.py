@@ -15,7 +15,7 @@ from pipeline.config.load import overlay
 from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
 from pipeline.stages.fit import check_fit, check_networks
-from pipeline.stages.freeze import FreezeTask, bank_node, freeze_node, frozen_bank
+from pipeline.stages.freeze import FreezeTask, bank_node, freeze_node, frozen_bank, threat_in_words
 from pipeline.stages.node import Finished, Node
 from pipeline.stages.prepare import PrepareTask, prepare_node
 from pipeline.stages.report import ReportedModel, ReportTask, report_node
@@ -83,7 +83,7 @@ def _chain_nodes(config: ChainConfig) -> list[Node[Any]]:
     models = reported_models(config)
     pretrain = [_train(model) for model in models if model.target == _SOURCE_NAME]
     transfer = [_train(model) for model in models if model.target != _SOURCE_NAME]
-    freeze = [] if config.bank else [freeze_node(FreezeTask(_SOURCE, _SOURCE_DATA, _threat(config)))]
+    freeze = [] if config.bank else [freeze_node(FreezeTask(_SOURCE, _SOURCE_DATA, threat_in_words(config.training)))]
     evaluations = [_evaluation(config, model) for model in models]
     search = _SEARCH if config.search.enabled else None
     task = ReportTask(config.name, config.report, models, _BANK, search, config.seed, trained_here=config.bank is None)
@@ -145,8 +145,3 @@ def _model(architecture: ArchitectureConfig, activation: ActivationConfig) -> Mo
 def _evaluation(config: ChainConfig, model: ReportedModel) -> Node[EvaluateTask]:
     task = EvaluateTask(model.trained, model.twin, model.data, config.evaluation, config.seed)
     return evaluate_node(model.branch, task)
-
-
-def _threat(config: ChainConfig) -> str:
-    threat = config.training.threat
-    return f"{threat.norm} eps={threat.eps:.4g}, {config.training.method.kind}"

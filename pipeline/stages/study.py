@@ -21,7 +21,7 @@ from pipeline.evaluation.records import Evaluation
 from pipeline.report.study import FINALISTS, Entry, Role, Study
 from pipeline.report.study_page import PAGE, write_study
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
-from pipeline.stages.freeze import FreezeTask, freeze_node
+from pipeline.stages.freeze import FreezeTask, freeze_node, threat_in_words
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.train import TrainTask, train_node
 from pipeline.training import TrainedModel, load_model
@@ -67,7 +67,9 @@ def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
     trainers = {network.trained: _trainer(network) for network in networks}
     pretrain = [node for node in trainers.values() if node.stage == "pretrain"]
     freeze = [
-        freeze_node(FreezeTask(f"pretrain:{MAIN}-s{seed}", SOURCE_DATA, _threat(config)), branch=f"s{seed}")
+        freeze_node(
+            FreezeTask(f"pretrain:{MAIN}-s{seed}", SOURCE_DATA, threat_in_words(config.training)), branch=f"s{seed}"
+        )
         for seed in (study.seeds if config.transfer and not config.bank else ())
     ]
     transfer = [node for node in trainers.values() if node.stage == "transfer"]
@@ -148,7 +150,7 @@ def _on_target(config: ChainConfig, study: StudyConfig, target: TransferTarget, 
         activation = config.control if name == CONTROL else config.model.activation
         training = target.training or config.training
         if name == UNTRAINED:
-            training = Contender(name=name, activation=activation, activation_lr_factor=0).own(training)
+            training = training.varied(activation_lr_factor=0.0)
         twin = FROZEN if name == CONTROL else CONTROL
         frozen = name == FROZEN
         yield Network(
@@ -173,11 +175,6 @@ def _on_target(config: ChainConfig, study: StudyConfig, target: TransferTarget, 
 def _trainer(network: Network) -> Node[TrainTask]:
     stage, _, branch = network.trained.partition(":")
     return train_node(stage, branch, network.task)
-
-
-def _threat(config: ChainConfig) -> str:
-    threat = config.training.threat
-    return f"{threat.norm} eps={threat.eps:.4g}, {config.training.method.kind}"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

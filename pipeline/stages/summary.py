@@ -6,12 +6,13 @@ from pathlib import Path
 from pipeline.config.chain import ChainConfig
 from pipeline.evaluation.records import Evaluation
 from pipeline.evaluation.stats import Accuracy
+from pipeline.report import PAGE as REPORT
 from pipeline.report.study_page import MARKDOWN
+from pipeline.report.study_page import PAGE as STUDY
 from pipeline.stages.graph import reported_models
 from pipeline.stages.node import Finished
 from pipeline.stages.report import ReportedModel
 
-REPORT, STUDY = "report.html", "study.html"
 _COLUMNS = ("model", "role", "network", "activation", "data", "n", "clean % [95 %]", "robust % [95 %]", "audit")
 
 
