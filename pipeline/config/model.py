@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Section
@@ -28,7 +29,7 @@ class ActivationConfig(Section):
         if not isinstance(data, Mapping) or not isinstance(options := data.get("options", {}), Mapping):
             return data
         name = data.get("name", cls.model_fields["name"].default)
-        if name not in ACTIVATIONS:
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             return data
         return {**data, "options": {**ActivationSpec.parse(name).options, **options}}
 
@@ -37,8 +38,9 @@ class ActivationConfig(Section):
         if self.name not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
         try:
-            build_activation(self.name, 8, **self.options)
-        except TypeError as error:
+            with torch.device("meta"):  # a kernel that fills the memory is told from its size
+                build_activation(self.name, 8, **self.options)
+        except (TypeError, RuntimeError) as error:  # RuntimeError: more elements than torch can count
             raise ValueError(f"activation {self.name!r} does not take these options: {error}") from error
         return self
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from pipeline.config.base import one_line
@@ -66,13 +66,13 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> nn.
     """
     directory = Path(directory)
     tensors, raw = read_directory(directory, record=_RECORD)
+    if raw.get("format", FORMAT) != FORMAT:
+        raise DamagedFilesError(f"expected format {FORMAT} in {directory / _RECORD}, got {raw['format']!r}")
     try:
         meta = ModelMeta.model_validate(raw)
-        if meta.format != FORMAT:
-            raise DamagedFilesError(f"expected format {FORMAT} in {directory / _RECORD}, got {meta.format}")
         model = meta.build()
         model.load_state_dict(tensors[_WEIGHTS])
-    except (ValidationError, RuntimeError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise DamagedFilesError(f"expected a network of the zoo in {directory}, got: {one_line(error)}") from error
     if meta.frozen:
         freeze_activations(model)

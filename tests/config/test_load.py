@@ -75,7 +75,9 @@ def test_overlay_is_checked_like_a_file() -> None:
         ("training.threat.eps=8/0", r"eps: expected a number or a fraction such as \"8/255\", got '8/0'"),
         ("model.name=resnet9", r"model\.name: unknown model 'resnet9'; known: .*resnet8"),
         ("model.activation.name=rulu", r"model\.activation: unknown activation 'rulu'; known: .*relu"),
+        ("model.activation.name=[]", r"model\.activation\.name: .*valid string, got \[\]"),
         ("model.activation.options.kernal=3", r"model\.activation: .*kernal"),
+        ("model.activation.options.kernel_size=9999999999999", r"model\.activation: .*does not take these options"),
         ("data.dataset=emnist", r"data\.dataset: .*'digits'.*got 'emnist'"),
         ("training.method.kind=fgsm", r"training\.method: .*pgd_at"),
         ("transfer.7.name=x", r"expected an index below 2 at '7'"),
@@ -91,6 +93,11 @@ def test_a_mistake_is_one_sentence(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config("demo", [override])
     assert "\n" not in str(caught.value)
+
+
+def test_no_memory_is_taken_to_try_an_activation() -> None:
+    kernel = 3_000_001  # 288 TB for the 8 channels that it is tried with
+    assert load_config("demo", [f"model.activation.options.kernel_size={kernel}"]).model.activation.options
 
 
 def test_unknown_preset_lists_the_known_and_the_closest() -> None:

@@ -154,12 +154,15 @@ def test_model_round_trip_gives_the_same_outputs(frozen, tmp_path):
         (lambda d: edit(d, num_classes=7), "size mismatch"),
         (lambda d: edit(d, format=99), "expected format 1"),
         (lambda d: edit(d, extra=1), "Extra inputs"),
+        (lambda d: edit(d, activation={"name": None}), "unknown activation None"),
+        (lambda d: edit(d, activation={}), 'expected a name or a mapping with "name"'),
+        (lambda d: edit(d, mean=[]), "expected 1 values of mean"),
     ],
 )
 def test_model_files_that_do_not_fit_are_refused(change, message, tmp_path):
     save_model(tmp_path, META.build(), META)
     change(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DamagedFilesError, match=message):
         load_model(tmp_path)
 
 
