@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from pipeline.artifacts import write_atomic
+from pipeline.report.cells import CELLS, PROPERTIES, TwoByTwo
 from pipeline.report.charts import Chart, draw
 from pipeline.report.environment import environment
 from pipeline.report.study import Comparison, Mean, Study, What
@@ -29,6 +30,9 @@ def write_study(study: Study, output: Path, *, dpi: int = 150) -> list[Path]:
         "sentences": sentences,
         "tables": tables,
         "columns": COLUMNS,
+        "cells": {group: cell_rows(study, group) for group in study.groups},
+        "cell_columns": CELL_COLUMNS,
+        "cell_reading": CELL_READING,
         "reading": READING,
         "charts": charts,
     }
@@ -49,6 +53,11 @@ COLUMNS = (
 READING = (
     "Robust: right under every attack. Brackets: 95 % t interval over seeds. "
     "Lead: sparta, on transfer targets frozen, minus this one, in points, paired by seed."
+)
+CELL_COLUMNS = ("2 x 2", "contenders", "clean %", "robust %")
+CELL_READING = (
+    "What each of the two properties brings: every cell is the mean over its contenders (those in the network of the "
+    "main one, with its epochs), over the seeds that all of them have; the differences are paired by seed, in points."
 )
 
 
@@ -86,12 +95,32 @@ def _lead(study: Study, group: str, name: str, what: What) -> str:
     return "–"
 
 
+def cell_rows(study: Study, group: str) -> list[tuple[str, ...]]:
+    """The four cells, and what a step from one to the next brings; no rows where a cell has no contender."""
+    cells = TwoByTwo(study, group)
+    if not cells.whole:
+        return []
+    whats: tuple[What, ...] = ("clean", "robust")
+    return [
+        *(
+            (", ".join(cell), ", ".join(cells.members[cell]), *(interval(cells.mean(cell, what)) for what in whats))
+            for cell in CELLS
+        ),
+        *(
+            (step, "", *(interval(cells.brings(one, other, what), signed=True) for what in whats))
+            for step, one, other in PROPERTIES
+        ),
+    ]
+
+
 def markdown(study: Study) -> str:
     """Tables and comparisons as Markdown; the same text for the same study."""
     lines = [READING, ""]
     for group in study.groups:
         lines += [f"### {group}", "", f"{study.judges(group)}.", "", *grid(COLUMNS, table_rows(study, group))]
         lines += ["", *(f"- {line}" for line in sentences(study, group)), ""]
+        if cells := cell_rows(study, group):
+            lines += [CELL_READING, "", *grid(CELL_COLUMNS, cells), ""]
     return "\n".join(lines)
 
 

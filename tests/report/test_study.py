@@ -8,10 +8,22 @@ from scipy import stats
 
 from pipeline.evaluation.sample import sample
 from pipeline.evaluation.stats import Accuracy
+from pipeline.report.cells import TwoByTwo
 from pipeline.report.study import Entry, Mean, Role, Study
-from pipeline.report.study_page import COLUMNS, markdown, sentences, table_rows, write_study
+from pipeline.report.study_page import (
+    CELL_READING,
+    COLUMNS,
+    cell_rows,
+    markdown,
+    sentences,
+    table_rows,
+    write_study,
+)
+from sparta_models import ACTIVATIONS
+from sparta_models.activations.base import Cell
 
 N = 40
+ACTIVATION_OF = {"frozen": "sparta", "control": "relu", "longer": "relu"}
 
 
 def entry(contender: str, seed: int, num_robust: int, *, role: Role = "other", group: str = "home") -> Entry:
@@ -20,7 +32,7 @@ def entry(contender: str, seed: int, num_robust: int, *, role: Role = "other", g
         group=group,
         contender=contender,
         role=role,
-        activation={"sparta": "sparta", "frozen": "sparta", "control": "relu"}.get(contender, "silu"),
+        activation=ACTIVATION_OF.get(contender, contender if contender in ACTIVATIONS else "silu"),
         seed=seed,
         architecture="resnet8 width=4",
         dataset="digits",
@@ -118,6 +130,53 @@ def test_the_table_has_the_lead_over_every_other_contender() -> None:
         "alone": "–",
     }
     assert rows["strong"][COLUMNS.index("lead clean")] == "+0.0 [+0.0, +0.0]"
+
+
+SQUARE = {"sparta": (24, 26), "frelu": (20, 26), "meta_acon": (18, 18), "position_prelu": (16, 20), "control": (12, 16)}
+
+
+def square(*left_out: str) -> Study:
+    robust = {"strong": (16, 20), **SQUARE}
+    roles: dict[str, Role] = {"sparta": "main", "control": "control"}
+    entries = [
+        entry(name, seed, n, role=roles.get(name, "other")).model_copy(update={"architecture": "net"})
+        for name in robust.keys() - set(left_out)
+        for seed, n in enumerate(robust[name])
+    ]
+    longer = entry("longer", 0, 40).model_copy(update={"architecture": "net", "epochs": 4})
+    wider = entry("longer", 0, 40).model_copy(update={"contender": "wider"})
+    third = entry("control", 2, 40, role="control").model_copy(update={"architecture": "net"})
+    return Study(name="x", entries=(*entries, longer, wider, third))
+
+
+def bounds(mean: Mean) -> tuple[float, ...]:
+    return mean.value, mean.low, mean.high, mean.num
+
+
+def test_what_a_property_brings_is_the_difference_of_two_cells_seed_by_seed() -> None:
+    cells = TwoByTwo(square(), "home")
+    assert {", ".join(cell): sorted(names) for cell, names in cells.members.items()} == {
+        "shared, independent": ["control", "strong"],  # neither another network nor more epochs
+        "shared, dependent": ["meta_acon"],
+        "varying, independent": ["position_prelu"],
+        "varying, dependent": ["frelu", "sparta"],
+    }
+    assert cells.seeds == [0, 1]
+    varying = {d: cells.brings(Cell("varying", d), Cell("shared", d), "robust") for d in ("independent", "dependent")}
+    assert bounds(varying["independent"]) == pytest.approx(bounds(Mean.of([(16 - 14) / N, (20 - 18) / N])))
+    assert bounds(varying["dependent"]) == pytest.approx(bounds(Mean.of([(22 - 18) / N, (26 - 18) / N])))
+    text = markdown(square())
+    assert "| varying minus shared, input independent |  | +0.0 [+0.0, +0.0] | +5.0 [+5.0, +5.0] |" in text
+    assert "| shared, dependent | meta_acon | 90.0 [90.0, 90.0] | 45.0 [45.0, 45.0] |" in text
+
+
+@pytest.mark.parametrize("left_out", list(SQUARE.keys() - {"frelu", "control"}))
+def test_without_a_cell_there_is_no_square(left_out: str, tmp_path: Path) -> None:
+    assert cell_rows(square(left_out), "home") == []
+    write_study(square(left_out), tmp_path)
+    assert CELL_READING not in (tmp_path / "study.html").read_text()
+    write_study(square(), tmp_path)
+    assert CELL_READING in (tmp_path / "study.html").read_text()
 
 
 def test_everything_is_in_study_json(tmp_path: Path) -> None:
