@@ -150,6 +150,10 @@ class ChainConfig(Section):
                 f'expected transfer targets whose names don\'t begin with "final" or "standard", as the study\'s own '
                 f"branches do, got {', '.join(taken)}; rename it"
             )
-        if "source" in names:
-            raise ValueError('expected transfer target names other than "source", which names the source; rename it')
+        branches = {"source", *(f"{name}-control" for name in ("source", *names))}
+        if taken := [name for name in names if name in branches]:
+            raise ValueError(
+                f'expected transfer target names other than "source" and NAME-control, as the source and the controls '
+                f"are called, got {', '.join(taken)}; rename it"
+            )
         return self
