@@ -9,6 +9,11 @@ from pydantic import Field, field_validator
 from pipeline.config.base import Section
 
 _USER = re.compile(r"(?<=://)[^/\s]*@")  # up to the last @ before the path: a password may hold one, too
+# A database's URL as SQLAlchemy reads it: a password may hold "/", "?", quotes and blanks, up to an @ of the same line.
+_LOGIN = re.compile(
+    r"(\b(?:postgres\w*|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)([^:/\s]*(?::[^@\n]*)?@(?:[^\s\"'@]*@)*)",
+    re.IGNORECASE,
+)
 _SECRETS = "password|passwd|pwd|token|secret|signature|credential|api_?key|access_?key"
 _QUERY = re.compile(rf"([?&](?:sig|[^=&\s]{{0,80}}(?:{_SECRETS})[^=&\s]{{0,80}})=)[^&\s]*", re.IGNORECASE)
 
@@ -57,10 +62,15 @@ class TrackingConfig(Section):
 
 def has_password(url: str) -> bool:
     """Whether a URL holds a password in front of its host, or a password, token or signature in its query."""
-    user = _USER.search(url)
-    return (user is not None and ":" in user.group()) or _QUERY.search(url) is not None
+    login, user = _LOGIN.search(url), _USER.search(url)
+    before_host = (login[2] if login else "") + (user[0] if user else "")
+    return ":" in before_host or _QUERY.search(url) is not None
 
 
 def redact(text: str) -> str:
-    """Replace the user and password of every URL in `text`, and the secrets of its query, by "***"."""
-    return _QUERY.sub(r"\1***", _USER.sub("***@", text))
+    """Replace the user and password of every URL in `text`, and the secrets of its query, by "***".
+
+    Of a database's URL rather too much than too little: where its password ends, only the rest of the line can tell.
+    """
+    shown = _QUERY.sub(r"\1***", _USER.sub("***@", text))
+    return _LOGIN.sub(r"\1***@", shown)  # last: a secret of the query may hold an @

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from pydantic import ValidationError
 
-from pipeline.config.tracking import TrackingConfig
+from pipeline.config.tracking import TrackingConfig, has_password, redact
 from pipeline.tracking import Journal, Tracker
 from pipeline.tracking.client import open_client
 from pipeline.tracking.origin import origin_tags
@@ -241,6 +242,46 @@ def test_a_uri_that_cannot_work_is_refused_without_showing_its_password(uri: str
     with pytest.raises(ValueError, match=message) as caught:
         TrackingConfig(uri=uri)
     assert "hunter2" not in str(caught.value).replace("input_value='http://me:hunter2@x'", "")
+
+
+DATABASES = [
+    "postgresql+psycopg://mlflow:Zk/9qR+x7@db/mlflow",
+    "mysql+pymysql://mlflow:Zk 9qR?x7@db:3306/mlflow",
+    "postgresql://mlflow:it's \"Zk/9qR@db/mlflow",
+    "postgresql://mlflow:Zk@9qR/x7@db/mlflow",
+    "postgresql://me@corp:Zk/9qR x7@db/mlflow",
+    "postgresql://db:5432/mlflow?user=me&password=Zk@9qR",
+]
+
+
+@pytest.mark.parametrize("uri", DATABASES)
+def test_a_database_password_that_looks_like_a_path_is_seen(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValidationError, match="expected a uri without a password") as caught:
+        TrackingConfig(uri=uri)
+    assert "Zk" not in caught.value.errors()[0]["msg"]
+    assert not any(part in redact(f"at {uri}: no route") for part in ("Zk", "9qR", "x7"))
+    assert redact(redact(uri)) == redact(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with Tracker(TrackingConfig(enabled=False), tmp_path).chain("demo") as chain:
+        chain.tag({"where": uri})
+    assert not any("9qR" in str(path) or (path.is_file() and "9qR" in path.read_text()) for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://mlflow.example.org:5432/mlflow cannot be reached",
+        "postgresql:///mlflow?host=/run/postgresql",
+        "sqlite:////runs/a@b/mlflow.db and http://host:5000/x@y and s3://bucket/a@b",
+    ],
+)
+def test_an_address_without_a_password_stays_whole(text: str):
+    assert redact(text) == text
+    assert not has_password(text)
+
+
+def test_a_database_whose_password_is_elsewhere_is_taken():
+    assert TrackingConfig(uri="postgresql://mlflow@127.0.0.1:5432/mlflow").uri
 
 
 def test_where_runs_go_is_the_section_then_the_environment_then_the_root(
