@@ -13,6 +13,7 @@ import re
 import runpy
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())  # noqa: S506 - a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml_loader())  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise ValueError(f"search space {path} cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not all are the parser's: 2001-99-99, not UTF-8
@@ -69,12 +70,27 @@ def _read_yaml(path: Path) -> Any:
     return {str(key): _parse(entry, f"{path}: {key}") for key, entry in content.items()}
 
 
-def _yaml_loader() -> Any:
-    """As the configuration is read: `true` and `false` alone are booleans, `off` is a word."""
+@cache
+def yaml_loader() -> Any:
+    """How the project reads YAML: of all words `true` and `false` alone are booleans, and a key stands once.
+
+    In YAML 1.1, as PyYAML reads it, `compile: off` is `compile: false`, and of a repeated key the last value counts.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's booleans."""
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            lines: dict[tuple[str, str], int] = {}
+            for key, _ in node.value:  # before `<<` brings in what these replace
+                if isinstance(key, yaml.ScalarNode):
+                    line = key.start_mark.line + 1
+                    if before := lines.get((key.tag, key.value)):
+                        raise yaml.YAMLError(
+                            f"the key {key.value!r} stands in line {before} and again in line {line}; leave one out"
+                        )
+                    lines[key.tag, key.value] = line
+            return node
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]

@@ -1,7 +1,6 @@
 """From the command line to a checked ChainConfig: preset or file, `key.path=value` overrides, one readable error."""
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,17 +11,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.config.base import Section, one_line
 from pipeline.config.chain import ChainConfig
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans: `true` and `false` alone. In YAML 1.1 `compile: off` would read as `compile: false`."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+from tune_spaces.loading import yaml_loader
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "demo"
@@ -77,7 +66,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
 
 def _parse(text: str, what: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, yaml_loader())  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # not all are the parser's: 2001-99-99
         raise ConfigError(f"{what} is not valid YAML: {one_line(error)}") from error
 

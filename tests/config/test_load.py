@@ -42,6 +42,36 @@ def test_on_and_off_are_words_and_true_is_a_boolean(tmp_path: Path) -> None:
     assert (config.training.compile, config.tracking.enabled) == ("on", False)
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("seed: 1\nname: x\nseed: 2\n", "seed", (1, 3)),
+        ("training:\n  epochs: 1\n  optimizer: {lr: 0.1}\n  epochs: 2\n", "epochs", (2, 4)),
+        ("model: {name: resnet8,\n  name: resnet14}\n", "name", (1, 2)),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_by_its_name_and_lines(tmp_path: Path, text: str, key: str, lines) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    expected = rf"mine\.yaml is not valid YAML: the key '{key}' stands in line {lines[0]} and again in line {lines[1]};"
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_merged_in_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "training: {optimizer: &base {lr: 0.5, momentum: 0.8}}\n"
+        "study: {standard: {evaluation: {}, training: {optimizer: &own {<<: *base, lr: 0.3}}}}\n"
+        "transfer: [{name: x, training: {optimizer: {<<: *own, momentum: 0.7}}}]\n"
+    )
+    config = load_config(str(path))
+    own = config.transfer[0].training
+    assert own is not None
+    assert (own.optimizer.lr, own.optimizer.momentum) == (0.3, 0.7)
+
+
 def test_override_can_bring_a_whole_section() -> None:
     config = load_config("demo", ["training.method={kind: trades, beta: 3}"])
     assert config.training.method.kind == "trades"
@@ -87,6 +117,7 @@ def test_overlay_is_checked_like_a_file() -> None:
         ("transfer.1.name=deeper-control", "NAME-control, as .* the controls are called, got deeper-control; rename"),
         ("seed", r"expected key\.path=value, got 'seed'"),
         ("seed={", r"not valid YAML"),
+        ("augment={flip: true, flip: false}", r"the value of 'augment=.*' is not valid YAML: the key 'flip' stands in"),
         ("seed.a=1", r"seed: .*valid integer"),
         ("name=../../etc", r"name: .*pattern"),
     ],

@@ -157,6 +157,7 @@ def test_a_space_reads_the_same_from_yaml_and_from_python(tmp_path: Path):
         ("a.yaml", "- lr", "expected a mapping"),
         ("a.yaml", "lr: {uniform: [", "not valid YAML"),
         ("a.yaml", "{}", "at least one key"),
+        ("a.yaml", "b: {integer: [1, 3]}\nb: {integer: [1, 9]}", "key 'b' stands in line 1 and again in line 2; leave"),
         ("a.yaml", "b: {uniform: [0, 1], when: {kind: x}}", "not above it"),
         ("a.yaml", "b: {uniform: [0, 1], when: x}", "expected one condition"),
         ("a.yaml", "a: {choice: [x, y]}\nb: {uniform: [0, 1], when: {a: []}}", "a.yaml: b: .* a tuple of values"),
