@@ -8,6 +8,7 @@ Exit code 0 all is delivered, 1 not, 2 bad input.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,13 @@ def _delivery(directory: Path, uri: str | None) -> Delivery:
         raise ValueError(
             f"expected the output directory of a chain, got {str(directory)!r}, which has no tracking/runs"
         )
-    config = spool.target() or TrackingConfig()
+    noted = spool.target()
+    if noted is not None and noted.uri is None and not (uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        raise ValueError(
+            f"expected --uri or MLFLOW_TRACKING_URI: the runs of {directory} go to an address with credentials, "
+            "which no file keeps"
+        )
+    config = noted or TrackingConfig()
     return Delivery(config.model_copy(update={"uri": uri}) if uri else config, spool)
 
 

@@ -150,7 +150,7 @@ class Spool:
         return [r for r in self.records() if is_pending(r, self.delivered(target, r.key), self.root)]
 
     def aim(self, config: TrackingConfig, uri: str) -> None:
-        """Note where the runs are to go, for `sync`; a uri with credentials stays in the environment."""
+        """Note where the runs are to go, for `sync`; a uri with credentials stays in the environment: null."""
         public = uri if redact(uri) == uri else None
         kept = config.model_copy(update={"uri": public}).model_dump_json()
         path = self.directory / "target.json"
@@ -158,7 +158,7 @@ class Spool:
             write_atomic(path, kept)
 
     def target(self) -> TrackingConfig | None:
-        """Where the runs are to go; None when that was never noted."""
+        """Where the runs are to go, without a uri when it holds credentials; None when that was never noted."""
         path = self.directory / "target.json"
         return TrackingConfig.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 

@@ -169,6 +169,25 @@ def test_sync_of_anything_else_says_what_it_expects(tmp_path: Path, capsys: pyte
     assert "expected the output directory of a chain" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["status", "sync"])
+def test_runs_for_an_address_with_credentials_go_nowhere_else(
+    command: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    here = f"sqlite:///{root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@tracker")
+    with Tracker(TrackingConfig(enabled=False), root).chain("demo") as chain:
+        chain.tag({"a": "b"})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main([command, str(root)]) == 2
+    error = capsys.readouterr().err
+    assert "expected --uri or MLFLOW_TRACKING_URI" in error
+    assert error.count("\n") == 1
+    assert Spool(root).pending(here)
+    assert main(["sync", str(root), "--uri", here]) == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", here)
+    assert main([command, str(root)]) == 0
+
+
 @pytest.mark.parametrize("noticed", [True, False])
 def test_an_emptied_database_is_filled_again_from_the_local_files(
     root: Path, config: TrackingConfig, migrated: Path, noticed: bool
