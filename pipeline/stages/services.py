@@ -31,7 +31,12 @@ class Services:
         self.registry = Registry(tracking, self.output)
         self._ray = ExitStack()
         self._has_ray = False
-        params: dict[str, Any] = config.model_dump(mode="json", exclude={"tracking", "scaling", "transfer", "plan"})
+        params: dict[str, Any] = config.model_dump(mode="json", exclude={"tracking", "scaling", "plan"})
+        # By name, and only what a target sets itself: MLflow would cut one long text.
+        params["transfer"] = {
+            target.name: target.model_dump(mode="json", exclude={"name"}, exclude_none=True)
+            for target in config.transfer
+        }
         self.chain_run = self.tracker.chain(config.name, params=params)
 
     def __enter__(self) -> Self:

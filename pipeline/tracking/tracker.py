@@ -21,7 +21,7 @@ from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.bank_files import bank_digest
 from pipeline.tracking.delivery import Delivery, metric_key
 from pipeline.tracking.flusher import Flusher
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import Journal, read_history
 from pipeline.tracking.origin import origin_tags
 from pipeline.tracking.spool import ArtifactFile, DatasetUse, Registration, RunRecord, Spool, Status, flatten, new_key
 
@@ -113,11 +113,18 @@ class Run:
                 spool.update(other.key, journals=lambda old: tuple(one for one in old if one != name))
         self._update(journals=lambda old: old if name in old else (*old, name))
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics of this run itself, into a journal of its own."""
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics of this run itself, into a journal of its own.
+
+        Without a step they are figures that may be told again: those that have changed, at the next free step.
+        """
         if self._journal is None:
             self._journal = Journal(self.tracker.spool.directory / "metrics" / f"{self.key}.jsonl")
             self.mirror(self._journal.path)
+        if step is None:
+            told = read_history(self._journal.path)
+            values = {key: value for key, value in values.items() if key not in told or told[key][-1][1] != value}
+            step = 1 + max((last for key in values for last, _ in told.get(key, ())), default=-1)
         self._journal.log(values, step)
 
     def artifact(self, path: Path, folder: str = "") -> None:

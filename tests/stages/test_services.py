@@ -46,3 +46,14 @@ def test_after_a_signal_mlflow_is_told_before_ray_stops(
     except (KeyboardInterrupt, Terminated, ValueError) as raised:
         assert type(raised) is error  # noqa: PT017
     assert ended == expected
+
+
+def test_other_targets_are_another_run_of_the_chain(tmp_path: Path) -> None:
+    def chain_run(*changes: str) -> tuple[str, dict[str, str]]:
+        run = Services(load_config("demo", ["tracking.enabled=false", *changes]), tmp_path).chain_run
+        return run.key, run.tracker.spool.load(run.key).params
+
+    first, params = chain_run()
+    assert params["transfer.digits-5-9.data.classes"] == "[5, 6, 7, 8, 9]"
+    assert chain_run()[0] == first
+    assert chain_run("transfer=[{name: deeper, model: {name: resnet20}}]")[0] != first

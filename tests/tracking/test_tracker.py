@@ -150,6 +150,16 @@ def test_a_stage_done_again_adds_nothing_to_the_run_before_it(root: Path, config
     ]
 
 
+def test_a_chain_that_goes_on_shows_its_newest_figures(root: Path, config: TrackingConfig):
+    for robust in (0.4, 0.4, 0.5):
+        with Tracker(config, root).chain("demo", params={"seed": 1}) as chain:
+            chain.metrics({"source/clean": 0.9, "source/robust": robust})
+    run = runs(root)["demo"]
+    assert run.data.metrics == {"source/clean": 0.9, "source/robust": 0.5}
+    history = client_of(root).get_metric_history(run.info.run_id, "source/robust")
+    assert sorted((m.step, m.value) for m in history) == [(0, 0.4), (1, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")]
 )
