@@ -6,7 +6,7 @@ On disk a bank is a directory with bank.safetensors (the tensors) and bank.json 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ class Entry:
     tensors: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ActivationBank:
     """Trained activations by key (site name, or key of the shared function). Immutable; equality is that of the digest.
 
@@ -71,7 +71,7 @@ class ActivationBank:
                 tensors = {k: v.detach().cpu().clone() for k, v in site.function.state_dict().items()}
                 entries[info.key] = Entry(info, tensors)
         architecture = str(getattr(unwrap(model), "_architecture", type(unwrap(model)).__name__))
-        return cls(spec, entries, tuple(infos), architecture, dict(source or {}))
+        return cls(spec, entries, tuple(infos), architecture, {} if source is None else source)
 
     @classmethod
     def pretrained(cls, name: str) -> "ActivationBank":
@@ -83,6 +83,17 @@ class ActivationBank:
         if name not in pretrained_banks():
             raise ValueError(f"expected a name among {', '.join(pretrained_banks())}, got {name!r}")
         return cls.load(PRETRAINED / name)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Mapping) or not all(isinstance(v, str) for v in self.source.values()):
+            raise ValueError(f"expected source to be a mapping of names to texts, got {self.source!r}")
+
+    def __repr__(self) -> str:
+        """Say what it is; the tensors would fill the screen."""
+        return (
+            f"ActivationBank({self.spec.mapping()}, {len(self.entries)} functions of {self.architecture}, "
+            f"digest {self.digest[:12]}, source={dict(self.source)})"
+        )
 
     @property
     def digest(self) -> str:
@@ -102,10 +113,6 @@ class ActivationBank:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    def with_source(self, **source: str) -> "ActivationBank":
-        """Return the same bank with more said on where it comes from."""
-        return replace(self, source={**self.source, **source})
-
     def apply_to(self, model: nn.Module, freeze: bool = True, adapt: str | None = None) -> nn.Module:
         """Put the activations into a network, in place, replacing those at its sites; build the optimizer afterwards.
 
@@ -117,6 +124,8 @@ class ActivationBank:
         Raises:
             ValueError: for a network without sites, and for a width mismatch without a rule, naming both widths.
         """
+        if not isinstance(freeze, bool):
+            raise ValueError(f"expected freeze to be True or False, got {freeze!r}; a rule for other widths is adapt=")
         target = sites(model)
         plan = match(target, list(self.sites))
         by_site = {id(site): info for info, (_, site) in zip(target, named_sites(model), strict=True)}
@@ -196,9 +205,12 @@ def _entries(spec: ActivationSpec, infos: tuple[SiteInfo, ...], tensors: Mapping
 
 
 def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the frozen activations, by name in the network; they belong in no optimizer."""
-    frozen: dict[str, nn.Parameter] = {}
-    for name, module in unwrap(model).named_modules():
-        if isinstance(module, Activation) and module.frozen:
-            frozen |= {f"{name}.{key}": p for key, p in module.named_parameters()}
-    return frozen
+    """Parameters of the frozen activations, by their names in `model.named_parameters()`; they belong in no
+    optimizer."""
+    pinned = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Activation) and module.frozen
+        for parameter in module.parameters()
+    }
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in pinned}

@@ -10,6 +10,7 @@ import operator
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -55,6 +56,11 @@ _QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, "div
 _SQUASHES = {torch.tanh, torch.sigmoid, F.tanh, F.sigmoid, "tanh", "tanh_", "sigmoid", "sigmoid_"}
 _AUGMENTED = {operator.iadd, operator.imul, operator.itruediv}
 _ELEMENTWISE = _SUMS | _PRODUCTS | _QUOTIENTS | _SQUASHES | _CLAMPS
+_PERMUTATIONS = {torch.permute, "permute"}
+_TRANSPOSITIONS = {torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"}
+_PARTS = {torch.split, torch.chunk, torch.tensor_split, "split", "chunk", "tensor_split", operator.getitem}
+_KEEP_AXES = _ELEMENTWISE | _PARTS | {torch.cat, torch.concat, torch.concatenate, F.pad}
+"""What changes a map's shape at most, and keeps the order of its axes."""
 _JOINS = {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, torch.concatenate, "add", "add_"}
 
 
@@ -112,21 +118,65 @@ class Call:
     def shape(self) -> tuple[int, ...]:
         """Shape of the input as (B, C, H, W), or as it is when that isn't a map."""
         shape = self.source.meta["shape"]
-        return (shape[0], shape[3], shape[1], shape[2]) if self.channels_behind else shape
+        return tuple(shape[axis] for axis in self.to_map) if len(shape) == 4 else shape
+
+    @cached_property
+    def to_map(self) -> tuple[int, ...]:
+        """Axes of the input as a map has them: (0, 1, 2, 3), or (0, 3, 1, 2) behind the linear layers of a ConvNeXt.
+        Found once, before the graph is changed."""
+        channels = channel_axis(self.source)
+        return (0, channels, *(axis for axis in (1, 2, 3) if axis != channels))
 
     @property
-    def channels_behind(self) -> bool:
-        """Whether the map is (B, H, W, C), as behind the linear layers of a ConvNeXt block."""
-        owner = self.source.graph.owning_module
-        assert owner is not None
-        module = owner.get_submodule(str(self.source.target)) if self.source.op == "call_module" else None
-        linear = isinstance(module, nn.Linear | nn.LayerNorm) or self.source.target in (F.linear, F.layer_norm)
-        return linear and len(self.source.meta["shape"]) == 4
+    def from_map(self) -> tuple[int, ...]:
+        """The way back from `to_map`."""
+        return tuple(self.to_map.index(axis) for axis in range(4))
 
     @property
     def replaced(self) -> bool:
         """Whether a site comes here."""
         return self.chosen and _is_map(self.shape)
+
+
+def channel_axis(node: fx.Node) -> int:
+    """Axis of a node's value (4 axes) along which its channels lie: 3 behind a linear layer or a layer norm, another
+    one behind a permutation, and 1 wherever nothing else is known."""
+    if _is_linear(node):
+        return 3
+    # What split returns has no shape.
+    inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and len(n.meta["shape"]) in (0, 4)]
+    order = _permutation(node)
+    if not inputs or not (order or _calls(node, _KEEP_AXES) or inputs[0].meta["shape"] == node.meta["shape"]):
+        return 1
+    axis = channel_axis(inputs[0])
+    # The batch stays in front: a permutation that moves it makes no map.
+    return (order.index(axis) or 1) if order else axis
+
+
+def _is_linear(node: fx.Node) -> bool:
+    """Whether a node calls what mixes the last axis of a map."""
+    owner = node.graph.owning_module
+    assert owner is not None
+    module = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+    linear = isinstance(module, nn.Linear | nn.LayerNorm) or _calls(node, (F.linear, F.layer_norm))
+    return linear and len(node.meta["shape"]) == 4
+
+
+def _permutation(node: fx.Node) -> list[int] | None:
+    """Where a permutation of four axes takes each output axis from; None for any other node."""
+    dims: list[Any] = [*node.args[1:], *node.kwargs.values()]
+    if len(dims) == 1 and isinstance(dims[0], list | tuple):
+        dims = [*dims[0]]
+    if not all(isinstance(dim, int) for dim in dims):
+        return None
+    numbers = [dim % 4 for dim in dims]
+    if _calls(node, _PERMUTATIONS) and sorted(numbers) == [0, 1, 2, 3]:
+        return numbers
+    if _calls(node, _TRANSPOSITIONS) and len(numbers) == 2:
+        order, (one, other) = [0, 1, 2, 3], numbers
+        order[one], order[other] = other, one
+        return order
+    return None
 
 
 def is_written_out(module: nn.Module) -> bool:

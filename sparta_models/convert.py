@@ -8,7 +8,7 @@ on the meta device tells channels and resolutions, which with the modules around
 import contextlib
 import copy
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from sparta_models.activations import Activation
 from sparta_models.calls import KINDS, Call, is_written_out, places
 from sparta_models.models.common import Normalize
-from sparta_models.sites import ActivationSpec, Site, install
+from sparta_models.sites import ActivationSpec, Site, install, unwrap
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,13 @@ class Replacement:
 
 
 class Converted(fx.GraphModule):
-    """A traced network that knows, as its copies do, what was replaced in it and what stands at its sites."""
+    """A traced network that knows, as its copies and pickles do, what was replaced in it and what stands at its
+    sites."""
 
     replacements: list[Replacement]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, super().__reduce__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Converted":
         twin = super().__deepcopy__(memo)
@@ -52,6 +57,17 @@ class Converted(fx.GraphModule):
 _REMEMBERED = {"replacements", "_activation_spec", "_architecture"}
 
 
+def _restored(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> Converted:
+    """Of the plain GraphModule that fx restores, the converted network that it was."""
+    plain = make(*arguments)
+    network = Converted(plain, plain.graph, type(plain).__name__)
+    for name in _REMEMBERED & set(plain.__dict__):
+        object.__setattr__(network, name, plain.__dict__[name])
+    if "shared_activations" in plain._modules:  # the graph calls sites only
+        network.shared_activations = plain.shared_activations
+    return network
+
+
 def convert(
     model: nn.Module,
     activation: str | Mapping[str, Any] | ActivationSpec = "sparta",
@@ -61,7 +77,8 @@ def convert(
 ) -> Converted:
     """Return a copy of a CNN whose activations are sites, filled with the named activation.
 
-    Weights, their names and each module's train or eval mode are kept. Activations on vectors, or on maps of one pixel
+    Weights, their names and each module's train or eval mode are kept; what registers a module or a tensor twice has
+    one name in the copy, and hooks are not in it. Activations on vectors, or on maps of one pixel
     as in squeeze-and-excitation, have no positions and are kept, and so are rectifiers that are part of a gate (the
     relu6 of a hard sigmoid) and activations of this library that stand there without a site. `model.replacements` lists
     every call, replaced or kept. The copy wants the images that the network wanted: nn.Sequential(Normalize(3, mean,
@@ -70,24 +87,28 @@ def convert(
     its mode (DropPath) is not looked into.
 
     Args:
-        model: the network, x (B, C, H, W) -> anything.
+        model: the network, x (B, C, H, W) -> anything; what wraps it (DistributedDataParallel, torch.compile's) is left
+            behind.
         activation: a name in `ACTIVATIONS`, or a mapping as in `build_model`.
         input_shape: (C, H, W) of an image; it decides the resolutions and so the stages.
-        only: kinds to replace, values of `KINDS`; None for all.
+        only: kinds to replace, values of `KINDS`, or one of them; None for all.
 
     Raises:
         ValueError: for a network that torch.fx can't trace, one whose graph depends on the training mode, one that
-            refuses the input shape, one without activations to replace, one that has sites already, or an unknown kind.
+            switches gradients or autocast in its forward, one with lazy parameters, one that refuses the input shape,
+            one without activations to replace, one that has sites already, or an unknown kind or activation.
     """
     if any(isinstance(module, Site) for module in model.modules()):
         raise ValueError(
             "expected a network without activation sites, got one that has them; sparta_models.install changes what "
             "stands there"
         )
+    only = {only} if isinstance(only, str) else only
     unknown = sorted(set(only or ()) - set(KINDS.values()))
     if unknown:
         raise ValueError(f"unknown kinds {unknown}; known: {', '.join(sorted(set(KINDS.values())))}")
-    graph_module = _trace(copy.deepcopy(model))
+    graph_module = _trace(copy.deepcopy(unwrap(model)))
+    _keep_buffers(graph_module, set(unwrap(model).state_dict()))
     _propagate(graph_module, input_shape)
     calls = [call for node in graph_module.graph.nodes if (call := Call.of(graph_module, node, only))]
     if not any(call.replaced for call in calls):
@@ -106,6 +127,20 @@ class _Tracer(fx.Tracer):
     """Goes into every module but torch's own, those of this library, and those whose training mode a graph would freeze
     (DropPath)."""
 
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """Trace, and refuse what a graph has no place for."""
+        self._modes = _autograd_modes()
+        return super().trace(*args, **kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Note a call; fx would forget the `with torch.no_grad()` around it."""
+        if _autograd_modes() != self._modes:
+            raise ValueError(
+                "its forward switches gradients or autocast, which a graph cannot hold; put that around the call of "
+                "the network, detach() the tensor, or move that part into a module of torch.nn"
+            )
+        return super().create_node(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         code = getattr(type(m).forward, "__code__", None)
         modal = code is not None and "training" in code.co_names
@@ -118,10 +153,18 @@ class _Tracer(fx.Tracer):
         )
 
 
+def _autograd_modes() -> tuple[bool, ...]:
+    devices = ("cpu", "cuda")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, devices)
+
+
 def _trace(model: nn.Module) -> Converted:
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("expected a network with all its parameters, got lazy ones; call it on an image first")
     modes = {module: module.training for module in model.modules()}
     try:
-        in_training, in_eval = (str(_Tracer().trace(model.train(mode))) for mode in (True, False))
+        # Of copies: a trace leaves the constants of a forward behind, and the next one gives its own other names.
+        in_training, in_eval = (str(_Tracer().trace(copy.deepcopy(model).train(mode))) for mode in (True, False))
         for module, mode in modes.items():
             module.training = mode
         graph = _Tracer().trace(model)
@@ -138,6 +181,13 @@ def _trace(model: nn.Module) -> Converted:
     return Converted(model, graph, type(model).__name__)
 
 
+def _keep_buffers(graph_module: fx.GraphModule, kept: set[str]) -> None:
+    """Leave out of the state_dict what the network has not in its own: fx makes buffers of plain tensors."""
+    for prefix, module in graph_module.named_modules():
+        names = {name for name in module._buffers if (f"{prefix}.{name}" if prefix else name) not in kept}
+        module._non_persistent_buffers_set |= names
+
+
 def _propagate(graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
     """Note each node's shape, by a forward pass of a copy on the meta device in eval mode."""
     twin = copy.deepcopy(graph_module).to("meta").eval()
@@ -147,8 +197,10 @@ def _propagate(graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) 
         with torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
             ShapeProp(twin).propagate(torch.empty(2, *input_shape, dtype=dtype))
     except Exception as error:
+        cause = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"expected a network for images of shape {input_shape}, got: {error}; pass input_shape"
+            f"expected a network for images of shape {tuple(input_shape)}, got: {cause}; pass the shape of its images "
+            "as input_shape=(C, H, W)"
         ) from error
     for own, other in zip(graph_module.graph.nodes, twin.graph.nodes, strict=True):
         shape = getattr(other.meta.get("tensor_meta"), "shape", ())
@@ -185,11 +237,12 @@ def _free_name(call: Call, taken: set[str]) -> str:
 
 def _rewire(graph: fx.Graph, call: Call, name: str) -> None:
     """Put a call of the site in the place of the activation's."""
-    node, source, behind = call.node, call.source, call.channels_behind
+    node, source, there, back = call.node, call.source, call.to_map, call.from_map
+    moved = there != (0, 1, 2, 3)
     with graph.inserting_before(node):
-        x = graph.call_method("permute", (source, 0, 3, 1, 2)) if behind else source
+        x = graph.call_method("permute", (source, *there)) if moved else source
         y = graph.call_module(name, (x,))
-        out = graph.call_method("permute", (y, 0, 2, 3, 1)) if behind else y
+        out = graph.call_method("permute", (y, *back)) if moved else y
     if call.inplace:
         # Whoever reads the input after an in-place call reads the output.
         order = {n: i for i, n in enumerate(graph.nodes)}

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from sparta_models.activations import ACTIVATIONS, Activation, build_activation
 
 SHARINGS = ("site", "stage", "network")
+_SPEC = "_activation_spec"
+"""Attribute of a network that `install` has filled."""
 
 
 class Site(nn.Module):
@@ -62,6 +64,14 @@ class Site(nn.Module):
         """Apply the activation that stands here."""
         return cast(Tensor, self.function(x))
 
+    def _replicate_for_data_parallel(self) -> "Site":
+        if self.key is not None:
+            raise RuntimeError(
+                "expected sharing='site' under nn.DataParallel, whose replicas would all use the first one's shared "
+                "activations; use DistributedDataParallel"
+            )
+        return cast(Site, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
         """Show where the site is, and what it shares."""
         shared = f", shared={self.key}" if self.key else ""
@@ -102,10 +112,12 @@ class ActivationSpec:
         Options that aren't named get their defaults, so that what is saved outlives a change of defaults.
 
         Raises:
-            ValueError: for a mapping without a name, or an unknown sharing.
+            ValueError: for what is no name and no mapping, a mapping without a name, or an unknown sharing.
         """
         if isinstance(activation, ActivationSpec):
             return activation
+        if not isinstance(activation, str | Mapping):
+            raise ValueError(f'expected the name of an activation or a mapping with "name", got {activation!r}')
         options = {"name": activation} if isinstance(activation, str) else dict(activation)
         if "name" not in options:
             raise ValueError(f'expected a name or a mapping with "name", got keys {sorted(options)}')
@@ -183,12 +195,14 @@ def install(
         functions.append(shared.get(key or "") or make(site))
         if key is not None:
             shared[key] = functions[-1]
-    root._modules.pop("shared_activations", None)
+    for module in root.modules():  # networks in this one that were filled by themselves, too
+        module._modules.pop("shared_activations", None)
+        module.__dict__.pop(_SPEC, None)
     if shared:
         root.shared_activations = nn.ModuleDict(shared)
     for site, function, key in zip(places, functions, keys, strict=True):
         site.fill(function, key)
-    object.__setattr__(root, "_activation_spec", spec)
+    object.__setattr__(root, _SPEC, spec)
 
 
 def _shared_keys(places: list[Site], spec: ActivationSpec) -> Iterator[str]:
@@ -214,10 +228,17 @@ def like(root: nn.Module, activation: Activation) -> Activation:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside wrappers such as DistributedDataParallel, AveragedModel and torch.compile's."""
+    """Return the network inside wrappers such as DistributedDataParallel, AveragedModel, torch.compile's, or one of a
+    user's own around a network of build_model or convert (a Sequential with a normalisation in front)."""
     while set(model._modules) in ({"module"}, {"_orig_mod"}):
         model = next(model.children())
-    return model
+    filled = [module for module in model.modules() if _SPEC in module.__dict__]
+    alone = len(filled) == 1 and _count_sites(filled[0]) == _count_sites(model)
+    return filled[0] if alone else model
+
+
+def _count_sites(model: nn.Module) -> int:
+    return sum(isinstance(module, Site) for module in model.modules())
 
 
 def activation_spec(model: nn.Module) -> ActivationSpec:
@@ -226,7 +247,9 @@ def activation_spec(model: nn.Module) -> ActivationSpec:
     Raises:
         ValueError: for a network without installed activations.
     """
-    spec = getattr(unwrap(model), "_activation_spec", None)
+    spec = getattr(unwrap(model), _SPEC, None)
     if not isinstance(spec, ActivationSpec):
-        raise ValueError("expected a network made by build_model or convert, got one without activation sites")
+        there = _count_sites(model)
+        got = f"{there} sites that were not filled as one network's" if there else "one without activation sites"
+        raise ValueError(f"expected a network made by build_model or convert, or filled by install, got {got}")
     return spec

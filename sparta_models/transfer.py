@@ -74,8 +74,8 @@ def _interpolate(tensor: Tensor, width: int) -> Tensor:
 
 
 ADAPT: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": _mean, "interpolate": _interpolate}
-"""Rules for another width. mean: every channel gets the mean function; interpolate: linear in the channel's relative
-number."""
+"""Rules for another width. mean: every channel gets the function of the mean parameters; interpolate: linear in the
+channel's relative number."""
 
 
 def adapt_tensors(

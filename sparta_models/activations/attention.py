@@ -66,7 +66,7 @@ class _AttentionGate(torch.autograd.Function):
         inputs = x, weight, pooled, bias = ctx.saved_tensors
         needs = needed(ctx, inputs)
         create_graph = torch.is_grad_enabled()
-        operators = None if create_graph else kernel_for("attention", x, weight, ctx.dilation)
+        operators = None if create_graph else kernel_for("attention", x, weight, ctx.dilation, grads[0])
         if operators is not None:
             return *_by_kernel(operators, grads[0], inputs, needs), None
         with torch.enable_grad():

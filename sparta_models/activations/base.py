@@ -114,6 +114,12 @@ def per_channel(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
+def check_map(x: Tensor, num_channels: int) -> None:
+    """Refuse what would be broadcast to another shape."""
+    if x.dim() != 4 or x.shape[1] != num_channels:
+        raise ValueError(f"expected x of shape (B, {num_channels}, H, W), got {tuple(x.shape)}")
+
+
 def check_kernel_size(kernel_size: int) -> None:
     """Refuse kernels without a centre."""
     if kernel_size < 1 or kernel_size % 2 == 0:

@@ -88,7 +88,7 @@ class _Gate(torch.autograd.Function):
             # With a graph of their own, for second derivatives.
             y = reference(x, weight, bias, ctx.dilation, sharpness)
             return *gradients(y, grads[0], inputs, needs, create_graph=True), None
-        operators = kernel_for("gate", x, weight, ctx.dilation)
+        operators = kernel_for("gate", x, weight, ctx.dilation, grads[0])
         if operators is None:
             return *_by_operators(grads[0], inputs, needs, ctx.dilation), None
         return *_by_kernel(operators, grads[0], inputs, needs), None

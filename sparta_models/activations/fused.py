@@ -24,16 +24,16 @@ def traced() -> bool:
     )
 
 
-def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int) -> Any:
-    """What holds `name`_forward and `name`_backward for x (B, C, H, W) and kernels `weight` (C, 1, k, k); None where
-    torch's operators have to serve."""
+def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int, dy: Tensor | None = None) -> Any:
+    """What holds `name`_forward and `name`_backward for x (B, C, H, W), kernels `weight` (C, 1, k, k) and in a backward
+    pass the gradient dy of the output; None where torch's operators have to serve."""
     fits = (
         x.dtype in _KERNEL_TYPES
         and weight.shape[-1] in _KERNEL_SIZES[name]
         and dilation == 1
         and x.numel() > 0
         and weight.device == x.device
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and all(_is_plain(t) for t in (x, dy) if t is not None)
     )
     if fits and x.device.type == "cpu":
         return kernel()
@@ -41,6 +41,12 @@ def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int) -> Any:
     if fits and x.device.type == "cuda" and name == "gate" and layout(x) == torch.channels_last:
         return triton_kernel()
     return None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one to the kernel: no subclass, and not a batch of gradients (is_grads_batched)."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not batched
 
 
 def for_kernel(x: Tensor, weight: Tensor, *of_channels: Tensor | None) -> tuple[Tensor | None, ...]:

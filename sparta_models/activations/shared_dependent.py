@@ -40,8 +40,14 @@ class MetaAcon(Activation):
     """ACON whose sharpness is computed from the image's channel means, without the batch norms of the first release.
 
     The published network puts a batch norm behind each of its two layers; on 1 x 1 maps that makes an output depend on
-    the rest of the batch, which an attack may not use. As other implementations do, it is left out. The hidden width is
-    max(r, C / r), as in the authors' code.
+    the rest of the batch, which an attack may not use. As other implementations do, it is left out.
+
+    Args:
+        num_channels: C of the input.
+        reduction: r; the hidden width is max(r, C / r), as in the authors' code.
+
+    Raises:
+        ValueError: unless reduction >= 1.
     """
 
     cell = SHARED_DEPENDENT
@@ -68,6 +74,13 @@ class DyReLUB(Activation):
     """Dynamic ReLU, version B: the maximum of two lines whose slopes and offsets come from the image's channel means.
 
     Residuals of slope are scaled by 1 and of offset by 0.5, as published. At a zero last layer it is ReLU.
+
+    Args:
+        num_channels: C of the input.
+        reduction: r; the hidden width is C / r, at least 1.
+
+    Raises:
+        ValueError: unless reduction >= 1.
     """
 
     cell = SHARED_DEPENDENT
@@ -90,7 +103,15 @@ class DyReLUB(Activation):
 
 
 class SEReLU(Activation):
-    """ReLU behind a squeeze-and-excitation gate."""
+    """ReLU behind a squeeze-and-excitation gate.
+
+    Args:
+        num_channels: C of the input.
+        reduction: r; the hidden width is C / r, at least 1.
+
+    Raises:
+        ValueError: unless reduction >= 1.
+    """
 
     cell = SHARED_DEPENDENT
     formula = "max(x, 0) s(W2 relu(W1 z))_c"

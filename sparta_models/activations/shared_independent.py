@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparta_models.activations.base import SHARED_INDEPENDENT, Activation, per_channel
+from sparta_models.activations.base import SHARED_INDEPENDENT, Activation, check_map, per_channel
 
 
 class _Pointwise(Activation):
@@ -59,7 +59,13 @@ class LeakyReLU(_Pointwise):
 
 
 class PReLU(_Pointwise):
-    """Rectifier with a learned slope below zero, one for each channel or one for all."""
+    """Rectifier with a learned slope below zero, one for each channel or one for all.
+
+    Args:
+        num_channels: C of the input.
+        slope: a at the start.
+        channel_wise: whether a is learned for each channel, (C,), or once for all, (1,).
+    """
 
     formula = "max(x, 0) + a_c min(x, 0)"
     paper = "He et al., arXiv 1502.01852"
@@ -115,7 +121,15 @@ class SiLU(_Pointwise):
 
 
 class Softplus(_Pointwise):
-    """Smooth rectifier, positive everywhere."""
+    """Smooth rectifier, positive everywhere.
+
+    Args:
+        num_channels: C of the input.
+        beta: sharpness b, fixed.
+
+    Raises:
+        ValueError: unless beta > 0.
+    """
 
     formula = "log(1 + exp(b x)) / b"
     paper = "Dugas et al., NIPS 2000"
@@ -146,7 +160,16 @@ class Mish(_Pointwise):
 
 
 class Swish(_Pointwise):
-    """SiLU with a learned sharpness, one for each channel or one for all."""
+    """SiLU with a learned sharpness, one for each channel or one for all.
+
+    Args:
+        num_channels: C of the input.
+        beta: sharpness b at the start.
+        channel_wise: whether b is learned for each channel, (C,), or once for all, (1,).
+
+    Raises:
+        ValueError: in forward, when `channel_wise`, for an input that is not (B, num_channels, H, W).
+    """
 
     formula = "x s(b_c x)"
     paper = "Ramachandran et al., arXiv 1710.05941"
@@ -158,12 +181,24 @@ class Swish(_Pointwise):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
-        return x * torch.sigmoid(per_channel(self.beta).to(x.dtype) * x)
+        beta = self.beta.to(x.dtype)
+        if beta.numel() > 1:
+            check_map(x, self.num_channels)
+            beta = per_channel(beta)
+        return x * torch.sigmoid(beta * x)
 
 
 class PSSiLU(_Pointwise):
     """Parametric shifted SiLU: two learned scalars; SiLU at alpha = 1, beta = 0. A beta that training takes to 1, where
     the formula has no value, counts as 0.999.
+
+    Args:
+        num_channels: C of the input.
+        alpha: sharpness a at the start.
+        beta: shift b at the start.
+
+    Raises:
+        ValueError: for a beta outside [0, 0.999].
     """
 
     formula = "x (s(a x) - b) / (1 - b)"
@@ -185,7 +220,15 @@ class PSSiLU(_Pointwise):
 
 
 class AconC(_Pointwise):
-    """Activate or not, version C: a smooth maximum of two learned slopes. Slopes start from N(0, 1), as published."""
+    """Activate or not, version C: a smooth maximum of two learned slopes. Slopes start from N(0, 1), as published.
+
+    Args:
+        num_channels: C of the input.
+        beta: sharpness b at the start; learned for each channel, (C,), as the slopes are.
+
+    Raises:
+        ValueError: in forward, for an input that is not (B, num_channels, H, W).
+    """
 
     formula = "(p1_c - p2_c) x s(b_c (p1_c - p2_c) x) + p2_c x"
     paper = "Ma et al., arXiv 2009.04759"
@@ -199,6 +242,7 @@ class AconC(_Pointwise):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
+        check_map(x, self.num_channels)
         return acon(x, per_channel(self.p1), per_channel(self.p2), per_channel(self.beta))
 
 

@@ -13,6 +13,7 @@ from sparta_models.activations.base import (
     Activation,
     GateNorm,
     check_kernel_size,
+    check_map,
 )
 from sparta_models.activations.shared_dependent import Bottleneck
 
@@ -23,6 +24,14 @@ class PositionPReLU(Activation):
     When the map is size x size, every position has its own slope; otherwise the grid is resized bilinearly, so that
     the same activation stands at maps of every size. The control of the study that varies in space but not with the
     input.
+
+    Args:
+        num_channels: C of the input.
+        size: height and width of the grid, (C, size, size).
+        slope: a at the start.
+
+    Raises:
+        ValueError: unless size >= 1; in forward, for an input that is not (B, num_channels, H, W).
     """
 
     cell = VARYING_INDEPENDENT
@@ -37,6 +46,7 @@ class PositionPReLU(Activation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, C, H, W)."""
+        check_map(x, self.num_channels)
         slope = self.weight.unsqueeze(0)
         if slope.shape[-2:] != x.shape[-2:]:
             slope = F.interpolate(slope, size=x.shape[-2:], mode="bilinear")
@@ -49,7 +59,16 @@ class PositionPReLU(Activation):
 
 
 class FReLU(Activation):
-    """Funnel activation: the maximum of x and a depthwise condition on its neighbourhood."""
+    """Funnel activation: the maximum of x and a depthwise condition on its neighbourhood.
+
+    Args:
+        num_channels: C of the input.
+        kernel_size: k, odd.
+        batch_norm: whether a batch norm follows the convolution, as published; without one it has a bias.
+
+    Raises:
+        ValueError: for a kernel size that is not odd and positive.
+    """
 
     cell = VARYING_DEPENDENT
     formula = "max(x, BN(k x k depthwise convolution of x))"
@@ -73,7 +92,16 @@ class FReLU(Activation):
 
 
 class Atac(Activation):
-    """Attentional activation: a gate for each element from the channels at its own position."""
+    """Attentional activation: a gate for each element from the channels at its own position.
+
+    Args:
+        num_channels: C of the input.
+        reduction: r; W1 gives C / r channels, at least 1.
+        batch_norm: whether a batch norm follows W1 and W2, as published; without one they have biases.
+
+    Raises:
+        ValueError: unless reduction >= 1.
+    """
 
     cell = VARYING_DEPENDENT
     formula = "x s(BN(W2 relu(BN(W1 x_p))))"
@@ -102,7 +130,16 @@ class Atac(Activation):
 
 
 class CbamReLU(Activation):
-    """ReLU behind the channel and the spatial attention of CBAM, in this order; no batch norm in the spatial gate."""
+    """ReLU behind the channel and the spatial attention of CBAM, in this order; no batch norm in the spatial gate.
+
+    Args:
+        num_channels: C of the input.
+        reduction: r; the channel attention's hidden width is C / r, at least 1.
+        kernel_size: k of the spatial attention, odd.
+
+    Raises:
+        ValueError: unless reduction >= 1, or for a kernel size that is not odd and positive.
+    """
 
     cell = VARYING_DEPENDENT
     formula = "h m(h), h = max(x, 0) s(M(mean_p) + M(max_p)), m = s(conv([mean_c h, max_c h]))"

@@ -19,7 +19,16 @@ _SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96,
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, depthwise convolution and projection, with a shortcut where the shapes agree."""
+    """Expansion, depthwise convolution and projection, with a shortcut where the shapes agree.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: channels of the output.
+        stride: of the depthwise convolution.
+        expansion: channels of the depthwise convolution over in_channels; 1: there is no expansion.
+        stage: resolution stage of its sites, from 1.
+        block: its number within the stage, from 0.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, expansion: int, *, stage: int, block: int
@@ -46,7 +55,21 @@ def _norm_act(conv: nn.Conv2d, *, stage: int, block: int) -> nn.Sequential:
 
 class MobileNetV2(nn.Module):
     """x (B, in_channels, H, W) in [0, 1] -> logits (B, num_classes); a stage begins at each stride of the published
-    net."""
+    net.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        mean: see `build_model`.
+        std: see `build_model`.
+        width_mult: all channels over the published ones; they are rounded to multiples of 8, and the last layer's 1,280
+            get no fewer.
+        stem: "cifar" or "imagenet", see above.
+        dropout: share of the features that is zeroed in training, before the linear layer.
+
+    Raises:
+        ValueError: for an unknown stem, a dropout outside [0, 1], or a mean or std that `Normalize` refuses.
+    """
 
     def __init__(
         self,

@@ -15,7 +15,15 @@ from sparta_models.sites import Site
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut."""
+    """Two 3 x 3 convolutions and a shortcut.
+
+    Args:
+        in_channels: C of the input.
+        width: channels of both convolutions, and of the output.
+        stride: of the first convolution.
+        stage: resolution stage of its sites, from 1.
+        block: its number within the stage, from 0.
+    """
 
     expansion = 1
 
@@ -35,7 +43,15 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolution and a shortcut."""
+    """1 x 1, 3 x 3 and 1 x 1 convolution and a shortcut.
+
+    Args:
+        in_channels: C of the input.
+        width: channels of the first two convolutions; the output has four times as many.
+        stride: of the 3 x 3 convolution.
+        stage: resolution stage of its sites, from 1.
+        block: its number within the stage, from 0.
+    """
 
     expansion = 4
 
@@ -65,7 +81,21 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
 
 
 class ResNet(nn.Module):
-    """Residual network of four stages; x (B, in_channels, H, W) in [0, 1] -> logits (B, num_classes)."""
+    """Residual network of four stages; x (B, in_channels, H, W) in [0, 1] -> logits (B, num_classes).
+
+    Args:
+        block: kind of the blocks.
+        num_blocks: blocks of each stage.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        mean: see `build_model`.
+        std: see `build_model`.
+        width: channels of the first convolution; the blocks of stage i, from 0, have the width `width * 2**i`.
+        stem: "cifar", a 3 x 3 convolution, or "imagenet", 7 x 7 of stride 2 and a maximum pool: maps of H / 4, W / 4.
+
+    Raises:
+        ValueError: for an unknown stem, or a mean or std that `Normalize` refuses.
+    """
 
     def __init__(
         self,

@@ -16,7 +16,15 @@ from sparta_models.sites import Site
 
 
 class CifarBlock(nn.Module):
-    """Two 3 x 3 convolutions; the shortcut subsamples and pads channels with zeros (option A)."""
+    """Two 3 x 3 convolutions; the shortcut subsamples and pads channels with zeros (option A).
+
+    Args:
+        in_channels: C of the input.
+        width: channels of both convolutions, and of the output.
+        stride: of the first convolution.
+        stage: resolution stage of its sites, from 1.
+        block: its number within the stage, from 0.
+    """
 
     def __init__(self, in_channels: int, width: int, stride: int, *, stage: int, block: int) -> None:
         super().__init__()
@@ -38,7 +46,19 @@ class CifarBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Residual network of three stages with `width`, 2 and 4 times `width` channels."""
+    """Residual network of three stages; x (B, in_channels, H, W) in [0, 1] -> logits (B, num_classes).
+
+    Args:
+        num_blocks: n, blocks of every stage.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        mean: see `build_model`.
+        std: see `build_model`.
+        width: channels of the first convolution and stage; the next two stages have 2 and 4 times as many.
+
+    Raises:
+        ValueError: for a mean or std that `Normalize` refuses.
+    """
 
     def __init__(
         self,

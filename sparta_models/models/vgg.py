@@ -19,7 +19,19 @@ _STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))
 
 
 class VGG(nn.Module):
-    """Stages of 3 x 3 convolutions with a maximum pool behind each; x (B, in_channels, H, W) in [0, 1] -> logits."""
+    """Stages of 3 x 3 convolutions with a maximum pool behind each; x (B, in_channels, H, W) in [0, 1] -> logits.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        mean: see `build_model`.
+        std: see `build_model`.
+        width: channels of the first stage; the last two have 8 times as many.
+        stem: "cifar" or "imagenet": which classifier it ends in, see above.
+
+    Raises:
+        ValueError: for an unknown stem, or a mean or std that `Normalize` refuses.
+    """
 
     def __init__(
         self,

@@ -114,6 +114,18 @@ def test_input_independent_rules_act_element_by_element_and_dependent_ones_do_no
 
 
 @over_registry
+def test_no_input_is_broadcast_to_another_shape(name, options):
+    activation = build_activation(name, 6, **options)
+    for shape in ((2, 6), (6, 4, 6), (6,)):
+        x = torch.rand(shape)
+        try:
+            y = activation(x)
+        except (ValueError, RuntimeError, IndexError):
+            continue
+        assert y.shape == x.shape
+
+
+@over_registry
 def test_the_meta_device_gives_shapes(name, options):
     with torch.device("meta"):
         assert build_activation(name, 4, **options)(torch.empty(2, 4, 6, 5)).shape == (2, 4, 6, 5)

@@ -309,7 +309,8 @@ def test_frozen_survives_distributed_data_parallel(frozen, tmp_path):
         parallel = DistributedDataParallel(model)
         step(parallel, torch.optim.SGD(parallel.parameters(), lr=0.5, weight_decay=0.1))
         assert ActivationBank.from_model(parallel) == bank
-        assert set(frozen_parameters(parallel)) == set(frozen_parameters(model))
+        assert set(frozen_parameters(parallel)) == {f"module.{name}" for name in frozen_parameters(model)}
+        assert frozen_parameters(parallel).keys() <= dict(parallel.named_parameters()).keys()
     finally:
         torch.distributed.destroy_process_group()
 
@@ -554,3 +555,50 @@ def test_a_bank_is_readable_by_whom_the_umask_says(tmp_path):
 def test_a_network_without_sites_has_no_bank():
     with pytest.raises(ValueError, match="expected a network made by build_model or convert"):
         ActivationBank.from_model(nn.Conv2d(3, 3, 3))
+
+
+def test_a_bare_frozen_activation_names_its_own_parameters():
+    assert list(frozen_parameters(activations.build_activation("prelu", 3).freeze())) == ["weight"]
+
+
+@pytest.mark.parametrize("sharing", ["site", "stage"])
+def test_a_network_inside_a_users_own_is_the_one_that_is_filled(sharing):
+    """A bank that goes to what stands around a network is one with a bank that went to the network itself."""
+    bank = ActivationBank.from_model(trained(activation={"name": "sparta", "dilation": 2}))
+    inner = trained(activation={"name": "sparta", "sharing": sharing})
+    outer = nn.Sequential(nn.Identity(), inner)
+    assert ActivationBank.from_model(outer) == ActivationBank.from_model(inner)
+    bank.apply_to(outer)
+    assert ActivationBank.from_model(inner) == ActivationBank.from_model(outer) == bank
+    assert [name for name in inner.state_dict() if "shared" in name] == []
+
+
+def test_of_two_networks_in_one_a_bank_fills_both_as_one():
+    first, second = (trained(activation={"name": "sparta", "sharing": "stage"}, seed=seed) for seed in (0, 1))
+    both = nn.ModuleList([first, second])
+    with pytest.raises(ValueError, match="got 14 sites that were not filled as one network's"):
+        ActivationBank.from_model(both)
+    ActivationBank.from_model(trained(activation="frelu")).apply_to(both)
+    assert ActivationBank.from_model(both).spec.name == "frelu"
+    assert not any("shared_activations" in name for name in both.state_dict())
+    with pytest.raises(ValueError, match="got 7 sites that were not filled as one network's"):
+        ActivationBank.from_model(first)
+
+
+def test_a_rule_in_the_place_of_freeze_is_refused():
+    bank = ActivationBank.from_model(trained())
+    with pytest.raises(ValueError, match=r"expected freeze to be True or False, got 'mean'; a rule .* is adapt="):
+        bank.apply_to(trained(), "mean")
+
+
+@pytest.mark.parametrize("source", ["CIFAR", {"path": pytest}, [("a", "b")]], ids=str)
+def test_a_source_that_cannot_be_saved_is_refused_at_once(source):
+    with pytest.raises(ValueError, match="expected source to be a mapping of names to texts"):
+        ActivationBank.from_model(trained(), source=source)
+
+
+def test_a_bank_is_shown_on_one_line():
+    bank = ActivationBank.from_model(trained(), source={"dataset": "digits"})
+    assert bank.digest[:12] in repr(bank)
+    assert "7 functions of resnet8" in repr(bank)
+    assert len(repr(bank)) < 400

@@ -1,6 +1,7 @@
 """Conversion of torchvision's, timm's and hand-written networks."""
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -278,8 +279,11 @@ def test_every_module_keeps_its_mode():
 
 
 def test_a_refused_input_shape_prints_nothing(capsys):
-    with pytest.raises(ValueError, match="pass input_shape"):
+    with pytest.raises(
+        ValueError, match=r"got: Invalid channel dimensions; pass the shape of its images as input_shape"
+    ) as refusal:
         convert(Hand(), "sparta", input_shape=(1, 8, 8))
+    assert "\n" not in str(refusal.value)
     assert capsys.readouterr() == ("", "")
 
 
@@ -304,13 +308,15 @@ def test_copies_and_averages_of_a_converted_network_know_what_it_knows(sharing):
         nn.init.normal_(parameter)
     bank, x = ActivationBank.from_model(converted), torch.randn(2, 3, 8, 8)
     twin, average = copy.deepcopy(converted), AveragedModel(converted)
-    for other in (twin, average, copy.deepcopy(twin)):
+    thawed = pickle.loads(pickle.dumps(converted))
+    for other in (twin, average, copy.deepcopy(twin), thawed, copy.deepcopy(thawed)):
         assert ActivationBank.from_model(other) == bank
         assert ActivationBank.from_model(other).architecture == "Hand"
         assert sites(other) == sites(converted)
         assert torch.equal(other(x), converted(x))
     assert twin.replacements == converted.replacements
-    assert twin.state_dict().keys() == converted.state_dict().keys()
+    assert twin.state_dict().keys() == converted.state_dict().keys() == thawed.state_dict().keys()
+    assert thawed.replacements == converted.replacements
     # A copy has activations of its own.
     nn.init.zeros_(next(site for _, site in named_sites(twin)).function.gate.weight)
     average.update_parameters(twin)
@@ -343,6 +349,96 @@ def test_the_training_mode_is_not_frozen_into_the_graph(network):
     assert not torch.equal(converted(x), converted(x))
 
 
+class Forward(nn.Module):
+    """A small network with any forward."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv, self.norm, self.linear, self.drop = (
+            nn.Conv2d(3, 6, 3),
+            nn.LayerNorm(6),
+            nn.Linear(6, 12),
+            nn.Dropout(),
+        )
+        self.scale, self.forward_ = torch.full((12,), 2.0), forward
+
+    def forward(self, x):
+        return self.forward_(self, x)
+
+
+def behind(self, x):
+    return self.linear(self.norm(self.conv(x).permute(0, 2, 3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "channels"),
+    [
+        (lambda self, x: F.gelu(self.drop(behind(self, x))), 12),
+        (lambda self, x: F.gelu(0.5 * self.scale * behind(self, x) + 1), 12),
+        (lambda self, x: F.gelu(behind(self, x).split((4, 8), dim=-1)[1]), 8),
+        (lambda self, x: F.gelu(torch.cat(behind(self, x).chunk(2, dim=-1)[::-1], -1)), 12),
+        (lambda self, x: F.gelu(behind(self, x)[:, 1:, :, 2:]), 10),
+        (lambda self, x: F.gelu(behind(self, x).permute(0, 3, 1, 2)), 12),
+        (lambda self, x: F.gelu(self.conv(x).permute(dims=(0, 2, 3, 1))), 6),
+        (lambda self, x: F.gelu(torch.permute(self.conv(x), (0, -2, -1, 1))), 6),
+        (lambda self, x: F.gelu(self.conv(x).transpose(1, 2)), 6),
+        (lambda self, x: F.gelu(self.conv(x).transpose(1, 2).transpose(-1, 1)), 6),
+        (lambda self, x: F.gelu(self.conv(x)), 6),
+    ],
+)
+@pytest.mark.parametrize("size", [8, 11])
+def test_a_site_looks_at_the_channels_wherever_they_lie(forward, channels, size):
+    torch.manual_seed(0)
+    model = Forward(forward).eval()
+    converted = convert(model, "gelu", input_shape=(3, size, size))
+    assert [site.channels for site in sites(converted)] == [channels]
+    x = torch.randn(2, 3, size, size + 2)  # rows and columns are no channels: another size passes too
+    torch.testing.assert_close(converted(x), model(x))
+
+
+def test_of_a_gated_network_the_maps_with_channels_behind_are_found():
+    converted = convert(timm.create_model("mambaout_femto", num_classes=2), "gelu", input_shape=SHAPE)
+    widths = {site.channels for site in sites(converted) if site.stage > 1}
+    assert min(widths) >= 48  # none is the height of a map: 16, 8, 4, 2
+
+
+def no_grad(self, x):
+    with torch.no_grad():
+        x = self.conv(x)
+    return F.relu(x)
+
+
+def autocast(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        x = self.conv(x)
+    return F.relu(x)
+
+
+@pytest.mark.parametrize("forward", [no_grad, autocast])
+def test_what_a_graph_cannot_hold_is_refused(forward):
+    with pytest.raises(ValueError, match=r"got Forward: its forward switches gradients or autocast.*put that around"):
+        convert(Forward(forward), "relu", input_shape=(3, 8, 8))
+    model = Forward(lambda self, x: F.relu(self.conv(x)))
+    with torch.no_grad():  # around the whole it is no matter
+        assert len(sites(convert(model, "relu", input_shape=(3, 8, 8)))) == 1
+
+
+def test_constants_of_a_forward_and_plain_tensors_are_no_part_of_the_state():
+    model = Forward(lambda self, x: F.relu(self.linear(self.conv(x).movedim(1, 3)) * self.scale + torch.tensor(0.5)))
+    model.register_buffer("unsaved", torch.ones(12), persistent=False)
+    converted = convert(model, "relu", input_shape=(3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(converted(x), model(x))
+    assert converted.state_dict().keys() == {f"{m}.{p}" for m in ("conv", "linear") for p in ("weight", "bias")}
+
+
+def test_wrappers_are_left_behind_and_one_kind_may_be_named_alone():
+    inner = Forward(lambda self, x: F.relu(self.conv(F.gelu(x))))
+    for model in (nn.DataParallel(inner), torch.compile(inner, backend="eager")):
+        converted = convert(model, "sparta", input_shape=(3, 8, 8), only="relu")
+        assert [replacement.kind for replacement in converted.replacements if replacement.site] == ["relu"]
+
+
 class DependsOnData(nn.Module):
     def forward(self, x):
         return F.relu(x) if x.sum() > 0 else x
@@ -368,11 +464,17 @@ class DependsOnMode(nn.Module):
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU()), {"input_shape": (3, 2, 2)}, "got none to replace"),
         (Hand(), {"input_shape": (1, 8, 8)}, r"expected a network for images of shape \(1, 8, 8\)"),
         (Hand(), {"only": ["rel"]}, r"unknown kinds \['rel'\]; known: celu, elu"),
+        (
+            Hand(),
+            {"activation": nn.ReLU, "input_shape": (3, 8, 8)},
+            "expected the name of an activation or a mapping .*, got <class",
+        ),
+        (nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), {}, "got lazy ones; call it on an image first"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_with_the_remedy(model, options, message):
     with pytest.raises(ValueError, match=message):
-        convert(model, "sparta", **options)
+        convert(model, **options)
 
 
 def test_a_normalisation_in_front_is_kept_and_the_network_takes_images_of_unit_range(network):

@@ -280,6 +280,20 @@ def test_the_kernel_refuses_parameters_of_other_shapes(weight, sharpness):
         kernel().gate_forward(x, torch.randn(weight), torch.randn(sharpness), None)
 
 
+@pytest.mark.parametrize("variant", ["smoothmax", "depthwise", "attention"])
+def test_a_batch_of_gradients_passes_by_the_operators(variant):
+    gate = Sparta(3, variant=variant, kernel_size=3)
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 3, 4, 4)
+
+    def output(x):
+        return gate(x).sum(dim=(2, 3)).flatten()
+
+    batched, looped = (torch.autograd.functional.jacobian(output, x, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(batched, looped)
+
+
 def test_an_empty_batch_passes():
     assert Sparta(4)(torch.zeros(0, 4, 3, 3)).shape == (0, 4, 3, 3)
 
