@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.artifacts import write_atomic
+from pipeline.artifacts import load_record, write_atomic
 from pipeline.cluster import ensure_ray, preflight
 from pipeline.cluster.sweep import preflight_trial
 from pipeline.config.chain import ChainConfig
@@ -57,7 +57,17 @@ class Services:
     def stage_run(self, key: str, fingerprint: str, sections: dict[str, Any], needs: Sequence[str]) -> StageRun:
         """The MLflow run of a node, to be entered with `with`."""
         tags = {"stage": key.partition(":")[0], "branch": key.partition(":")[2], "fingerprint": fingerprint}
-        return self.chain_run.stage(key, params=sections, tags=tags, upstream=tuple(needs))
+        upstream = {need: found for need in needs if (found := self._fingerprint(need)) is not None}
+        return self.chain_run.stage(key, params=sections, tags=tags, upstream=upstream)
+
+    def _fingerprint(self, key: str) -> str | None:
+        """That of the result which the chain has of a node now."""
+        stage, _, branch = key.partition(":")
+        current = self.output / stage / branch / "current.txt"
+        record = (
+            load_record(current.parent / current.read_text(encoding="utf-8").strip()) if current.is_file() else None
+        )
+        return None if record is None else record.fingerprint
 
     def ray(self) -> None:
         """Be connected to Ray from here to the end of the chain, so that all stages share one start.

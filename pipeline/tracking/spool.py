@@ -103,9 +103,10 @@ class Spool:
         found = _load_all(self.directory / "runs", RunRecord)
         return sorted(found, key=lambda record: (record.parent is not None, record.started, record.key))
 
-    def latest(self, name: str, *, parents: bool) -> RunRecord | None:
-        """The newest chain run (`parents`) or stage run called `name`."""
+    def latest(self, name: str, *, parents: bool, fingerprint: str | None = None) -> RunRecord | None:
+        """The newest chain run (`parents`) or stage run called `name`, and where one is given with this fingerprint."""
         named = [r for r in self.records() if r.name == name and (r.parent is None) == parents]
+        named = [r for r in named if fingerprint in (None, r.tags.get("fingerprint"))]
         return max(named, key=lambda record: record.started, default=None)
 
     def save(self, record: RunRecord) -> RunRecord:

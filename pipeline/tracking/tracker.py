@@ -2,7 +2,7 @@
 
     tracker = Tracker(config, root)
     with tracker.chain("demo", params=config.model_dump()) as chain:
-        with chain.stage("pretrain", params=..., tags={"fingerprint": ...}, upstream=("prepare",)) as stage:
+        with chain.stage("pretrain", params=..., tags={"fingerprint": ...}, upstream={"prepare": ...}) as stage:
             stage.mirror(output / "metrics.jsonl")
 
 Nothing in here waits for MLflow, except the end of a chain and a registration, both for at most `close_seconds`. A
@@ -12,7 +12,7 @@ rerun in the same root goes on with the same runs, as long as their settings are
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -234,7 +234,7 @@ class StageRun(Run):
     """The run of one stage, a child of its chain's run."""
 
     def __init__(
-        self, chain: "ChainRun", name: str, params: dict[str, str], tags: dict[str, str], upstream: Sequence[str]
+        self, chain: "ChainRun", name: str, params: dict[str, str], tags: dict[str, str], upstream: Mapping[str, str]
     ) -> None:
         super().__init__(chain.tracker, name, params, tags)
         self._chain = chain
@@ -246,7 +246,11 @@ class StageRun(Run):
 
     def _continued_or_new(self) -> RunRecord:
         spool = self.tracker.spool
-        found = {name: run.key for name in self._upstream if (run := spool.latest(name, parents=False)) is not None}
+        found = {
+            name: run.key
+            for name, fingerprint in self._upstream.items()
+            if (run := spool.latest(name, parents=False, fingerprint=fingerprint)) is not None
+        }
         old = spool.latest(self.name, parents=False)
         return self._continue(old, self._goes_on, parent=self._chain.key, upstream=found)
 
@@ -270,10 +274,11 @@ class ChainRun(Run):
         *,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
-        upstream: Sequence[str] = (),
+        upstream: Mapping[str, str] | None = None,
     ) -> StageRun:
-        """A child run; `upstream` names the stages whose outputs it uses, `tags["fingerprint"]` what it computes."""
-        return StageRun(self, name, flatten(params or {}), {**origin_tags(), **(tags or {})}, upstream)
+        """A child run; `tags["fingerprint"]` says what it computes, `upstream` the stages whose outputs it uses, with
+        their fingerprints: since they ran, others of the same name may have."""
+        return StageRun(self, name, flatten(params or {}), {**origin_tags(), **(tags or {})}, upstream or {})
 
     def __enter__(self) -> Self:
         if self.tracker.config.enabled and self.tracker.pending():

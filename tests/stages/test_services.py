@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.chain import Chain
 from pipeline.config.load import load_config
 from pipeline.run import Terminated
 from pipeline.stages import services as services_module
+from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.services import Services
+from pipeline.tracking.spool import Spool
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,25 @@ def test_other_targets_are_another_run_of_the_chain(tmp_path: Path) -> None:
     assert params["transfer.digits-5-9.data.classes"] == "[5, 6, 7, 8, 9]"
     assert chain_run()[0] == first
     assert chain_run("transfer=[{name: deeper, model: {name: resnet20}}]")[0] != first
+
+
+def test_after_a_change_back_the_lineage_names_the_run_whose_result_is_used(tmp_path: Path) -> None:
+    def write(context: StageContext[None]) -> StageResult:
+        (context.directory / "out").write_text(context.key)
+        return StageResult({}, ["out"])
+
+    runner = one_by_one(write)
+
+    def run(setting: str, *stages: str) -> Spool:
+        needs = {"pretrain": (), "freeze": ("pretrain:x",)}
+        nodes = [Node(stage, "x", None, {"setting": setting}, runner, needs[stage]) for stage in stages]
+        with Services(load_config("demo", ["tracking.enabled=false"]), tmp_path) as services:
+            Chain(services.output, say=lambda line: None).execute(nodes, services)
+        return services.tracker.spool
+
+    first = run("a", "pretrain").latest("pretrain:x", parents=False)
+    run("b", "pretrain")
+    frozen = run("a", "pretrain", "freeze").latest("freeze:x", parents=False)
+    assert first is not None
+    assert frozen is not None
+    assert frozen.upstream == {"pretrain:x": first.key}

@@ -112,9 +112,9 @@ def test_lineage_leads_from_the_version_to_data_and_commit(
     with Tracker(config, root).chain("demo", params={"seed": 0}) as chain:
         with chain.stage("prepare:source", tags={"fingerprint": "f0"}) as stage:
             stage.dataset("digits", "d" * 64, context="made")
-        with chain.stage("pretrain:source", tags={"fingerprint": "f1"}, upstream=("prepare:source",)) as stage:
+        with chain.stage("pretrain:source", tags={"fingerprint": "f1"}, upstream={"prepare:source": "f0"}) as stage:
             stage.dataset("digits", "d" * 64)
-        with chain.stage("freeze:bank", upstream=("pretrain:source", "prepare:source")) as stage:
+        with chain.stage("freeze:bank", upstream={"pretrain:source": "f1", "prepare:source": "f0"}) as stage:
             stage.register(bank, tags={"variant": "depthwise"})
     assert main(["--root", str(root), "lineage", "sparta-activation@candidate"]) == 0
     told = capsys.readouterr().out

@@ -42,7 +42,9 @@ def test_a_chain_and_its_stages_stand_in_mlflow(root: Path, config: TrackingConf
     with Tracker(config, root).chain("demo", params={"seed": 1, "data": {"name": "digits"}}) as chain:
         with chain.stage("prepare", tags={"fingerprint": "aa"}):
             pass
-        with chain.stage("pretrain", params={"lr": 0.1}, tags={"fingerprint": "bb"}, upstream=("prepare",)) as stage:
+        with chain.stage(
+            "pretrain", params={"lr": 0.1}, tags={"fingerprint": "bb"}, upstream={"prepare": "aa"}
+        ) as stage:
             stage.mirror(output / "metrics.jsonl")
             stage.dataset("digits", "d" * 64, profile={"num_train": 100})
             with Journal(output / "metrics.jsonl") as journal:
@@ -148,6 +150,17 @@ def test_a_stage_done_again_adds_nothing_to_the_run_before_it(root: Path, config
         [(step, 1.0) for step in range(3)],
         [(step, 2.0) for step in range(10)],
     ]
+
+
+def test_a_stage_names_the_run_that_made_what_it_uses_not_a_later_one(root: Path, config: TrackingConfig):
+    with Tracker(config, root).chain("demo") as chain:
+        with chain.stage("pretrain", tags={"fingerprint": "a"}) as made:
+            pass
+        with chain.stage("pretrain", tags={"fingerprint": "b"}):
+            pass
+        with chain.stage("freeze", upstream={"pretrain": "a", "prepare": "never tracked"}) as stage:
+            pass
+    assert chain.tracker.spool.load(stage.key).upstream == {"pretrain": made.key}
 
 
 def test_a_chain_that_goes_on_shows_its_newest_figures(root: Path, config: TrackingConfig):
