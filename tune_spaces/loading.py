@@ -70,11 +70,24 @@ def _read_yaml(path: Path) -> Any:
     return {str(key): _parse(entry, f"{path}: {key}") for key, entry in content.items()}
 
 
+_NO_WORDS = {
+    "bool": (r"(?i:true|false)", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
+    "float": (
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+"""What is no word, by its YAML type: pattern and first characters. Floats as in PyYAML, but for those of base 60."""
+
+
 @cache
 def yaml_loader() -> Any:
-    """How the project reads YAML: of all words `true` and `false` alone are booleans, and a key stands once.
+    """How the project reads YAML: as version 1.2 has booleans and whole numbers, and every key once.
 
-    In YAML 1.1, as PyYAML reads it, `compile: off` is `compile: false`, and of a repeated key the last value counts.
+    In YAML 1.1, as PyYAML reads it, `off` is false, 00014 is 12 and 1:30 is 90; here they are words. And of a repeated
+    key the last value would count.
     """
     import yaml
 
@@ -93,10 +106,11 @@ def yaml_loader() -> Any:
             return node
 
     Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _NO_WORDS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+    for name, (pattern, first) in _NO_WORDS.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"), list(first))
     return Loader
 
 

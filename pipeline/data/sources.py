@@ -87,12 +87,17 @@ def checked_labels(labels: npt.NDArray[Any], num_classes: int, what: str) -> npt
 
 
 def class_numbers(wanted: Sequence[int | str], names: Sequence[str]) -> list[int]:
-    """The class numbers that `data.classes` means, given as numbers or names."""
+    """The class numbers that `data.classes` means, given as numbers or names.
+
+    Raises:
+        DataError: an unknown class, one that is meant twice, or a number that also reads as another class's name.
+    """
     numbers = []
     for item in wanted:
         if isinstance(item, str) and item in names:
             numbers.append(list(names).index(item))
         elif isinstance(item, int) and 0 <= item < len(names):
+            _refuse_a_name(item, names)
             numbers.append(item)
         else:
             shown = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
@@ -103,3 +108,13 @@ def class_numbers(wanted: Sequence[int | str], names: Sequence[str]) -> list[int
     if len(set(numbers)) < len(numbers):
         raise DataError(f"data.classes names a class twice: {list(wanted)}")
     return numbers
+
+
+def _refuse_a_name(number: int, names: Sequence[str]) -> None:
+    """Folders named by numbers stand in the order of their names as text: 10 before 2."""
+    meant = [name for name in names if name.isdecimal() and int(name) == number]
+    if meant and names[number] not in meant:
+        raise DataError(
+            f"data.classes: {number} is the number of class {names[number]!r}, but reads as the name {meant[0]!r} too; "
+            "give the names of the classes, in quotes"
+        )

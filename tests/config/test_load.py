@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.chain import ChainConfig
-from pipeline.config.load import ConfigError, load_config, overlay, preset_names
+from pipeline.config.load import ConfigError, apply_overrides, load_config, overlay, preset_names
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -40,6 +40,15 @@ def test_on_and_off_are_words_and_true_is_a_boolean(tmp_path: Path) -> None:
     path.write_text("training: {compile: on}\ntracking: {enabled: False}\n")
     config = load_config(str(path))
     assert (config.training.compile, config.tracking.enabled) == ("on", False)
+
+
+def test_numbers_are_decimal_and_a_leading_zero_or_a_colon_makes_a_word() -> None:
+    numbers = "data.path=x data.dataset=folder data.classes=[7,-3,+4,0x1f,0o17,00014,010,1:30,1:30.5,0b1,2.5e-1,.5]"
+    found = apply_overrides({}, numbers.split())["data"]["classes"]
+    assert found == [7, -3, 4, 31, 15, "00014", "010", "1:30", "1:30.5", "0b1", 0.25, 0.5]
+    assert [type(value) for value in found[:5]] == [int] * 5
+    config = load_config("demo", ["seed=010", "training.optimizer.lr=1e-3", "training.threat.eps=8/255"])
+    assert (config.seed, config.training.optimizer.lr, config.training.threat.eps) == (10, 1e-3, 8 / 255)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +108,7 @@ def test_overlay_is_checked_like_a_file() -> None:
         ("transfer.0.nmae=x", r"unknown key 'transfer\.0\.nmae'; did you mean 'name'\?"),
         ("training.method.stepz=3", r"unknown key .*stepz"),
         ("training.epochs=many", r"training\.epochs: .*integer.*got 'many'"),
+        ("training.epochs=1:30", r"training\.epochs: .*integer.*got '1:30'"),
         ("training.epochs=0", r"training\.epochs: .*greater than or equal to 1, got 0"),
         ("training.threat.eps=0", r"training\.threat\.eps: .*greater than 0, got 0"),
         ("training.threat.eps=2", r"training\.threat: expected 0 < eps <= 1 for linf, got 2\.0"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.data import DataConfig, SplitLimits
 from pipeline.data import DataError
-from pipeline.data.sources import Source, SourceSplit
+from pipeline.data.sources import Source, SourceSplit, class_numbers
 from pipeline.data.splits import select
 
 SPLITS = ("train", "val", "test")
@@ -114,3 +114,16 @@ def test_limits_keep_the_class_proportions_and_at_least_one_of_each():
 def test_a_split_that_cannot_be_made_is_refused(made, config, message):
     with pytest.raises(ValueError, match=message):
         select(made, config, seed=0)
+
+
+def test_a_class_number_that_is_another_classes_name_is_refused():
+    twelve = sorted(str(number) for number in range(12))  # as folders stand: 0, 1, 10, 11, 2 ...
+    assert class_numbers([0, 1], twelve) == [0, 1]
+    assert class_numbers(["2", "3"], twelve) == [4, 5]
+    with pytest.raises(
+        DataError, match=r"2 is the number of class '10', but reads as the name '2' too; give the names"
+    ):
+        class_numbers([2, 3], twelve)
+    with pytest.raises(DataError, match=r"3 is the number of class '00004', .* the name '00003'"):
+        class_numbers([0, 3], ["00000", "00001", "00003", "00004"])
+    assert class_numbers([0, 1], ["00000", "00001", "00003", "00004"]) == [0, 1]

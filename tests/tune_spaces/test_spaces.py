@@ -189,9 +189,10 @@ def test_a_condition_may_name_an_option_of_a_conditional_parameter(tmp_path: Pat
     assert load_space(str(tmp_path / "a.yaml"))["c"] == When("b", (1, 3), Uniform(0.0, 1.0))
 
 
-def test_yaml_is_read_as_the_configuration_is_where_off_is_a_word(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("a: {choice: [off, on]}\nb: {choice: [false, true]}")
-    assert load_space(str(tmp_path / "a.yaml")) == {"a": Choice("off", "on"), "b": Choice(False, True)}
+def test_yaml_is_read_as_the_configuration_is_where_off_and_010_are_words(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("a: {choice: [off, on]}\nb: {choice: [false, true]}\nc: {choice: [010, 10]}")
+    expected = {"a": Choice("off", "on"), "b": Choice(False, True), "c": Choice("010", 10)}
+    assert load_space(str(tmp_path / "a.yaml")) == expected
 
 
 @pytest.mark.parametrize("method", ["read_text", "is_file"])
