@@ -1,9 +1,11 @@
 """The committed study is where every figure of README, docs/results.md and the shipped banks comes from."""
 
+import os
 import re
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from pipeline.artifacts import StageRecord, damaged_output, digest_outputs, load
 from sparta_models import ActivationBank, build_model, pretrained_banks
 from sparta_models.bank import PRETRAINED
 from tests.infra.conftest import ROOT, script
+
+IMAGES = Path(os.environ.get("SPARTA_DATA", "no data"))
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,25 @@ def test_a_bank_ships() -> None:
 def test_an_unknown_bank_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ValueError, match=f"expected a name among {pretrained_banks()[0]}.*, got 'none'"):
         ActivationBank.pretrained("none")
+
+
+def test_the_studys_images_are_the_first_of_each_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("cifar10_npz")
+    monkeypatch.setattr(module, "PER_CLASS", 2)
+    monkeypatch.setattr(module, "NUM_TEST", 1)
+    labels = np.array([1, 0, 1, 1, 0, 0], np.uint8)
+    images = np.arange(6, dtype=np.uint8)[:, None]
+    found = module.chosen((images, labels), (images, labels))
+    assert found["train_labels"].tolist() == [1, 0, 1, 0]
+    assert found["train_images"].ravel().tolist() == [0, 1, 2, 4]
+    assert found["test_images"].ravel().tolist() == [0]
+    assert module.differing(found) == list(module.DIGESTS)
+
+
+@pytest.mark.skipif(not (IMAGES / "cifar10.npz").is_file(), reason="SPARTA_DATA holds no cifar10.npz")
+def test_the_study_was_made_with_images_that_can_be_made_again() -> None:
+    module = script("cifar10_npz")
+    arrays = np.load(IMAGES / "cifar10.npz")
+    assert module.differing(dict(arrays)) == []
+    again = module.chosen(*((arrays[f"{s}_images"], arrays[f"{s}_labels"]) for s in ("train", "test")))
+    assert module.differing(again) == []
