@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except Exception as error:  # of MLflow, a driver of its database or its store of files
+        reason = next(iter(str(error).splitlines()), "")
+        print(f"error: {type(error).__name__}: {redact(reason)}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,11 +72,12 @@ def _status(delivery: Delivery) -> int:
 
 
 def _sync(delivery: Delivery) -> int:
-    count = len(delivery.spool.pending(delivery.uri))
+    before = {record.key for record in delivery.spool.pending(delivery.uri)}
     refused = delivery.run()
     for line in refused:
         print(f"refused: {redact(line)}", file=sys.stderr)
-    print(f"{delivery.spool.root}: {count - len(refused)} runs delivered to {redact(delivery.uri)}")
+    left = {record.key for record in delivery.spool.pending(delivery.uri)}
+    print(f"{delivery.spool.root}: {len(before - left)} runs delivered to {redact(delivery.uri)}")
     return 1 if refused else 0
 
 

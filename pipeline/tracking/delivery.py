@@ -7,6 +7,8 @@ its key; what was sent is noted after each step.
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -76,20 +78,19 @@ class Delivery:
 
         try:
             try:
-                self._deliver(record)
+                return self._deliver(record)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 # The database was emptied, or is another one by now: the local files fill it anew.
                 self.spool.save_delivered(self.uri, record.key, Delivered())
-                self._deliver(record)
+                return self._deliver(record)
         except MlflowException as error:
             if error.error_code not in ANSWERS:
                 raise
             return [f"{record.name}: {error.message}"]
         except ValueError as error:
             return [f"{record.name}: {error}"]
-        return []
 
     def _connect(self) -> None:
         if self.client is None:
@@ -97,23 +98,36 @@ class Delivery:
             self._experiment = experiment_id(client, self.uri, self.config.experiment)
             self.client = client
 
-    def _deliver(self, record: RunRecord) -> None:
+    def _deliver(self, record: RunRecord) -> list[str]:
         done = self.spool.delivered(self.uri, record.key)
+        refused: list[str] = []
         steps: Sequence[Callable[[RunRecord, Delivered], Delivered]] = (
             self._run,
             self._params_and_tags,
             self._metrics,
             self._datasets,
-            self._artifacts,
-            self._registrations,
             self._status,
-            self._activations,  # last: one that is not registered yet holds up nothing
+            # What depends on a store of files, or on other runs, is refused one by one and holds up nothing.
+            partial(self._registrations, refused),
+            partial(self._artifacts, refused),
+            partial(self._activations, refused),
         )
         for step in steps:
             after = step(record, done)
             if after != done:
                 self.spool.save_delivered(self.uri, record.key, after)
             done = after
+        return [f"{record.name}: {line}" for line in refused]
+
+    @contextmanager
+    def _one_by_one(self, refused: list[str], done: Delivered, what: str) -> Iterator[None]:
+        """Note why one thing cannot be delivered and go on: it stays pending."""
+        try:
+            yield
+        except Exception as error:
+            self._mlflow.get_run(_id(done))  # it raises where the reason is a server that is away, or a lost run
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            refused.append(f"{what}: {kind}{next(iter(str(error).splitlines()), '')[:300]}")
 
     @property
     def _mlflow(self) -> "MlflowClient":
@@ -172,41 +186,49 @@ class Delivery:
                 self._mlflow.set_tag(_id(done), f"{DATA_TAG}{use.context}", f"{use.name} sha256:{use.digest}")
         return done.model_copy(update={"datasets": (*done.datasets, *(f"{use.digest}:{use.context}" for use in fresh))})
 
-    def _activations(self, record: RunRecord, done: Delivered) -> Delivered:
-        from mlflow.entities import LoggedModelInput
-
-        fresh = [reference for reference in record.activations if reference not in done.activations]
-        for reference in fresh:
-            _, _, digest = reference.partition(DIGEST_PREFIX)
-            found = self.registry.holding(digest) if digest else self.registry.resolve(reference)
-            self._mlflow.log_inputs(_id(done), models=[LoggedModelInput(self.registry.model_id(found))])
-            self._mlflow.set_tag(_id(done), ACTIVATION_TAG, found.reference)
-        return done.model_copy(update={"activations": (*done.activations, *fresh)})
-
-    def _artifacts(self, record: RunRecord, done: Delivered) -> Delivered:
-        stamps = dict(done.stamps)
-        for artifact in record.artifacts:
-            path = self.spool.root / artifact.path
-            stamp = artifact_stamp(path)
-            if not stamp or stamp == stamps.get(artifact.path):
-                continue
-            if path.is_dir():
-                self._mlflow.log_artifacts(_id(done), str(path), "/".join(filter(None, (artifact.folder, path.name))))
-            else:
-                self._mlflow.log_artifact(_id(done), str(path), artifact.folder or None)
-            stamps[artifact.path] = stamp
-        return done.model_copy(update={"stamps": stamps})
-
-    def _registrations(self, record: RunRecord, done: Delivered) -> Delivered:
+    def _registrations(self, refused: list[str], record: RunRecord, done: Delivered) -> Delivered:
         versions = dict(done.versions)
         for wanted in record.registrations:
-            if wanted.digest not in versions:
+            if wanted.digest in versions:
+                continue
+            with self._one_by_one(refused, done, wanted.directory):
                 directory = self.spool.root / wanted.directory
                 version = self.registry.register(
                     directory, _id(done), tags=wanted.tags, description=wanted.description, alias=wanted.alias
                 )
                 versions[wanted.digest] = version.version
         return done.model_copy(update={"versions": versions})
+
+    def _artifacts(self, refused: list[str], record: RunRecord, done: Delivered) -> Delivered:
+        stamps = dict(done.stamps)
+        for artifact in record.artifacts:
+            path = self.spool.root / artifact.path
+            stamp = artifact_stamp(path)
+            if not stamp or stamp == stamps.get(artifact.path):
+                continue
+            with self._one_by_one(refused, done, artifact.path):
+                if path.is_dir():
+                    folder = "/".join(filter(None, (artifact.folder, path.name)))
+                    self._mlflow.log_artifacts(_id(done), str(path), folder)
+                else:
+                    self._mlflow.log_artifact(_id(done), str(path), artifact.folder or None)
+                stamps[artifact.path] = stamp
+        return done.model_copy(update={"stamps": stamps})
+
+    def _activations(self, refused: list[str], record: RunRecord, done: Delivered) -> Delivered:
+        from mlflow.entities import LoggedModelInput
+
+        activations = list(done.activations)
+        for reference in record.activations:
+            if reference in activations:
+                continue
+            with self._one_by_one(refused, done, reference):
+                _, _, digest = reference.partition(DIGEST_PREFIX)
+                found = self.registry.holding(digest) if digest else self.registry.resolve(reference)
+                self._mlflow.log_inputs(_id(done), models=[LoggedModelInput(self.registry.model_id(found))])
+                self._mlflow.set_tag(_id(done), ACTIVATION_TAG, found.reference)
+                activations.append(reference)
+        return done.model_copy(update={"activations": tuple(activations)})
 
     def _status(self, record: RunRecord, done: Delivered) -> Delivered:
         if done.revision == record.revision:

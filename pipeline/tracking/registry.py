@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
@@ -24,6 +24,7 @@ from pipeline.tracking.lineage import DIGEST_TAG, Activation, describe_lineage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
 _ALIAS = re.compile(r"^(?!latest$|v\d+$)[A-Za-z][\w-]{0,99}$")
@@ -236,16 +237,26 @@ class Registry:
             tags={DIGEST_TAG: digest},
             model_type="activation-bank",
         )
+        try:
+            self._upload(model, directory, files, digest, run_id)
+        except Exception:
+            with suppress(Exception):  # every attempt would leave one without files
+                self.client.delete_logged_model(model.model_id)
+            raise
+        self.client.finalize_logged_model(model.model_id, "READY")
+        if run_id:
+            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        return str(model.model_id)
+
+    def _upload(
+        self, model: "LoggedModel", directory: Path, files: dict[str, str], digest: str, run_id: str | None
+    ) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             for name in files:
                 shutil.copyfile(directory / name, Path(scratch) / name)
             bank_files.verify(Path(scratch), digest, str(directory))
             bank_files.mlmodel(model, files, digest, run_id).save(str(Path(scratch) / bank_files.MLMODEL))
             self.client.log_model_artifacts(model.model_id, scratch)
-        self.client.finalize_logged_model(model.model_id, "READY")
-        if run_id:
-            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        return str(model.model_id)
 
     def _create_version(self, model_id: str, run_id: str | None, tags: dict[str, str], description: str) -> int:
         from mlflow.exceptions import MlflowException

@@ -183,6 +183,7 @@ def is_pending(record: RunRecord, delivered: Delivered, root: Path) -> bool:
     """Whether a record, a journal or an artifact holds something that was not delivered."""
     return (
         delivered.revision != record.revision
+        or any(wanted.digest not in delivered.versions for wanted in record.registrations)
         or not set(record.activations) <= set(delivered.activations)
         or any(
             (root / path).stat().st_size > delivered.offsets.get(path, 0)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking import Journal, Registry, Tracker, bank_digest
@@ -217,6 +218,81 @@ def test_what_a_server_refuses_does_not_hold_up_the_rest(root: Path, config: Tra
             stage.metrics({"loss": 0.0}, 0)
     assert steps(open_client(f"sqlite:///{root}/mlflow.db")) == ("FINISHED", [0])
     assert [record.name for record in tracker.spool.pending(tracker.uri)] == ["broken"]
+
+
+class NoCredentialsError(Exception):
+    """As boto's: none of MLflow's own, and no OSError."""
+
+
+def closed(*arguments: object, **options: object) -> None:
+    raise NoCredentialsError("Unable to locate credentials\nfor http://me:hunter2@store")
+
+
+def test_a_store_of_files_that_is_closed_holds_up_nothing_and_loses_nothing(
+    root: Path, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    upload = MlflowClient.log_artifact
+    monkeypatch.setattr(MlflowClient, "log_artifact", lambda *a: closed() if a[2].endswith("page.html") else upload(*a))
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", closed)
+    bank, tracker = write_bank(root / "bank"), Tracker(config, root)
+    with tracker.chain("demo") as chain:
+        with chain.stage("freeze") as stage:
+            for name in ("page.html", "table.csv"):
+                (root / name).write_text("")
+                stage.artifact(root / name)
+            assert stage.register(bank) is None
+        with chain.stage("transfer") as stage:
+            stage.activation(f"sha256:{bank_digest(bank)}")
+        with chain.stage("pretrain") as stage:
+            stage.metrics({"loss": 0.0}, 0)
+
+    client, registry = open_client(tracker.uri), Registry(config, root)
+    assert [steps(client, name)[0] for name in ("demo", "freeze", "transfer", "pretrain")] == ["FINISHED"] * 4
+    assert steps(client) == ("FINISHED", [0])
+    freeze = tracker.spool.latest("freeze", parents=False)
+    assert freeze is not None
+    run_id = str(tracker.spool.delivered(tracker.uri, freeze.key).run_id)
+    assert [file.path for file in client.list_artifacts(run_id)] == ["table.csv"]
+    assert registry.versions() == []
+    assert client.search_logged_models([client.get_run(run_id).info.experiment_id]) == []
+    assert main(["sync", str(root)]) == 1
+    told = capsys.readouterr()
+    assert "refused: freeze: page.html: NoCredentialsError: Unable to locate credentials\n" in told.err
+    assert "refused: freeze: bank: NoCredentialsError: Unable to locate credentials\n" in told.err
+    assert "0 runs delivered" in told.out
+    assert "hunter2" not in told.err
+
+    monkeypatch.undo()
+    assert main(["sync", str(root)]) == 0
+    assert "2 runs delivered" in capsys.readouterr().out
+    assert {file.path for file in client.list_artifacts(run_id)} == {"page.html", "table.csv"}
+    assert registry.pull("sparta-activation@candidate", root / "pulled").run_id == run_id
+    assert tracker.pending() == 0
+
+
+def test_a_server_that_goes_during_an_upload_is_away_not_against_it(
+    root: Path, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def gone(*arguments: object, **options: object) -> None:
+        raise MlflowException("API request failed: Connection refused")
+
+    (root / "page.html").write_text("")
+    with Tracker(config.model_copy(update={"enabled": False}), root).chain("demo") as chain:
+        chain.artifact(root / "page.html")
+    for name in ("log_artifact", "get_run"):
+        monkeypatch.setattr(MlflowClient, name, gone)
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        Delivery(config, Spool(root)).run()
+
+
+def test_an_error_that_nobody_expected_is_one_line_of_sync(
+    root: Path, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with Tracker(config.model_copy(update={"enabled": False}), root).chain("demo") as chain:
+        chain.tag({"a": "b"})
+    monkeypatch.setattr("pipeline.tracking.delivery.open_client", closed)
+    assert main(["sync", str(root)]) == 1
+    assert capsys.readouterr().err == "error: NoCredentialsError: Unable to locate credentials\n"
 
 
 @pytest.mark.slow
