@@ -73,7 +73,9 @@ def identity(config: DataConfig, *, planning: bool = False) -> dict[str, Any]:
         if not planning:
             raise
         stamp = None
-    return {**config.model_dump(mode="json", exclude=_PLACES), "source": stamp}
+    # 2: the digest of JPEG data covers image_size. Those that were prepared before it did are prepared again.
+    version = {"version": 2} if _may_be_jpeg(config) else {}
+    return {**config.model_dump(mode="json", exclude=_PLACES), "source": stamp, **version}
 
 
 def _request(config: DataConfig, seed: int) -> str:
@@ -226,6 +228,13 @@ def _storage(config: DataConfig, size: int, channels: int, suffix: str) -> Stora
     return "jpeg" if jpeg and suffix == ".beton" and config.loader != "memory" else "raw"
 
 
+def _may_be_jpeg(config: DataConfig) -> bool:
+    """What `_storage` can come to, whatever the loader, and whether FFCV is here."""
+    large = config.image_size is None or config.image_size > _LARGE
+    auto = config.storage == "auto" and config.dataset == "folder" and large and config.channels != 1
+    return auto or config.storage == "jpeg"
+
+
 def _record(  # noqa: PLR0917
     source: Source,
     class_names: tuple[str, ...],
@@ -236,7 +245,13 @@ def _record(  # noqa: PLR0917
 ) -> PreparedData:
     train = sidecars["train"]
     contents = {split: sidecar.content for split, sidecar in sidecars.items()}
-    digest = data_digest(class_names=class_names, storage=train.storage, quality=config.jpeg_quality, contents=contents)
+    digest = data_digest(
+        class_names=class_names,
+        storage=train.storage,
+        quality=config.jpeg_quality,
+        image_size=train.image_size,
+        contents=contents,
+    )
     return PreparedData(
         name=source.name if config.classes is None else f"{source.name} {_listed(class_names)}",
         num_classes=len(class_names),

@@ -58,7 +58,8 @@ class PreparedData(Section):
     splits: dict[str, SplitInfo]
     """train, val and test."""
     digest: str
-    """Of names, labels and pixels of all splits: equal data give an equal digest, wherever and however it is stored."""
+    """Of names, labels and pixels of all splits: equal data give an equal digest, wherever and however it is stored. Of
+    JPEG images also of the size that the loader makes of them."""
     loader: LoaderName = "auto"
     """Which loader to open it with, unless told otherwise."""
     node_cache: Path | None = None
@@ -142,9 +143,12 @@ class PreparedData(Section):
         return sidecar
 
 
-def data_digest(*, class_names: tuple[str, ...], storage: str, quality: int, contents: dict[str, str]) -> str:
-    """`PreparedData.digest`: contents already cover labels, sizes and channels."""
-    parts = [list(class_names), storage, quality if storage == "jpeg" else None, sorted(contents.items())]
+def data_digest(
+    *, class_names: tuple[str, ...], storage: str, quality: int, image_size: int, contents: dict[str, str]
+) -> str:
+    """`PreparedData.digest`: contents cover labels, sizes and channels, but of JPEG those of the stored images only."""
+    loaded = [quality, image_size] if storage == "jpeg" else None
+    parts = [list(class_names), storage, loaded, sorted(contents.items())]
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 

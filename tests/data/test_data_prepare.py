@@ -15,8 +15,9 @@ import torch
 from data_sets import needs_ffcv, write_folder, write_npz
 
 from pipeline.config.data import DataConfig, SplitLimits
-from pipeline.data import DataError, FfcvMissingWarning, PreparedData, build, open_split, prepare
+from pipeline.data import DataError, FfcvMissingWarning, PreparedData, build, identity, open_split, prepare, publish
 from pipeline.data.npz import npz_source
+from pipeline.data.prepared import data_digest
 from pipeline.data.sidecar import read_sidecar
 
 pytestmark = pytest.mark.filterwarnings("ignore::pipeline.data.errors.FfcvMissingWarning")
@@ -117,6 +118,42 @@ def test_large_photographs_are_prepared_anew_for_the_loader_that_asks(tmp_path):
     before = (tmp_path / "out" / "train.beton").stat().st_mtime_ns
     assert prepare(config, tmp_path / "out", seed=0) == prepared
     assert (tmp_path / "out" / "train.beton").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("storage", ["raw", "jpeg"])
+def test_of_jpeg_the_digest_covers_the_size_that_is_loaded(storage):
+    """Of raw pixels the contents do, and their digests stay as they are in networks that were trained on them."""
+    digests = {
+        data_digest(class_names=("a", "b"), storage=storage, quality=90, image_size=size, contents={"train": "c"})
+        for size in (160, 224)
+    }
+    raw = "2e22a846edbf66e15bd4ab351c57402d89d28d0704f49a7a581b7e831e002436"
+    assert digests == {raw} if storage == "raw" else len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "version"),
+    [
+        ({"dataset": "folder"}, 2),
+        ({"dataset": "folder", "loader": "memory"}, 2),
+        ({"dataset": "npz", "storage": "jpeg"}, 2),
+        ({"dataset": "folder", "image_size": 64}, None),
+        ({"dataset": "folder", "channels": 1}, None),
+        ({"dataset": "folder", "storage": "raw"}, None),
+        ({"dataset": "npz"}, None),
+    ],
+)
+def test_what_may_be_jpeg_with_a_digest_of_before_is_prepared_anew(settings, version):
+    assert identity(DataConfig(path="nowhere", **settings), planning=True).get("version") == version
+
+
+@needs_ffcv
+def test_photographs_of_two_sizes_are_two_data_sets(photos, photos_config, tmp_path):
+    smaller = prepare(photos_config.model_copy(update={"image_size": 32}), tmp_path / "out", seed=0)
+    assert smaller.digest != photos.digest
+    places = [publish(prepared.directory, (tmp_path / "mirror").as_uri()) for prepared in (photos, smaller)]
+    shapes = [everything(PreparedData.load(place), "train")[0].shape[2:] for place in places]
+    assert shapes == [(48, 48), (32, 32)]
 
 
 def test_the_time_limit_holds_without_ffcv(without_ffcv, tmp_path):
