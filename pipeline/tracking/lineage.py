@@ -15,6 +15,7 @@ UPSTREAM_TAG = "sparta.upstream"
 DATA_TAG = "sparta.data."
 ACTIVATION_TAG = "activation"
 DIGEST_PREFIX = "sha256:"
+_GONE = " (no longer in MLflow)"
 _SHOWN_TAGS = ("fingerprint", "mlflow.source.git.commit")
 
 
@@ -42,28 +43,46 @@ def describe_lineage(client: "MlflowClient", activation: Activation, uri: str) -
     lines += [f"  {key}: {value}" for key, value in sorted(activation.tags.items()) if key != DIGEST_TAG]
     if activation.run_id is None:
         return "\n".join([*lines, "  pushed by hand, without a run"])
-    run = client.get_run(activation.run_id)
-    lines += [f"  {line}" for line in _tell(client, run, "made by", set())]
+    run = _find(client, activation.run_id)
+    if run is None:
+        return "\n".join([*lines, f"  made by run {activation.run_id}{_GONE}"])
+    lines += [f"  {line}" for line in _tell(client, activation.run_id, f"made by {run.info.run_name}", set())]
     parent = run.data.tags.get("mlflow.parentRunId")
     if parent is not None:
-        chain = client.get_run(parent)
-        lines.append(f"  in chain {chain.info.run_name}, run {parent}, {redact(uri)}")
+        chain = _find(client, parent)
+        lines.append(
+            f"  in chain {chain.info.run_name}, run {parent}, {redact(uri)}" if chain else f"  in run {parent}{_GONE}"
+        )
     return "\n".join(lines)
 
 
-def _tell(client: "MlflowClient", run: "Run", relation: str, told: set[str]) -> Iterator[str]:
-    name, run_id = run.info.run_name, run.info.run_id
+def _tell(client: "MlflowClient", run_id: str, relation: str, told: set[str]) -> Iterator[str]:
     if run_id in told:
-        yield f"{relation} {name}, run {run_id} (above)"
+        yield f"{relation}, run {run_id} (above)"
         return
     told.add(run_id)
-    yield f"{relation} {name}, run {run_id}, {run.info.status}"
+    run = _find(client, run_id)
+    if run is None:
+        yield f"{relation}, run {run_id}{_GONE}"
+        return
+    yield f"{relation}, run {run_id}, {run.info.status}"
     for tag in _SHOWN_TAGS:
         if tag in run.data.tags:
             yield f"  {tag.removeprefix('mlflow.source.')}: {run.data.tags[tag]}"
     for tag, value in sorted(run.data.tags.items()):
         if tag.startswith(DATA_TAG):
             yield f"  {tag.removeprefix(DATA_TAG)} data: {value}"
-    for upstream in json.loads(run.data.tags.get(UPSTREAM_TAG, "{}")).values():
+    for stage, upstream in json.loads(run.data.tags.get(UPSTREAM_TAG, "{}")).items():
         if upstream is not None:
-            yield from (f"  {line}" for line in _tell(client, client.get_run(upstream), "from", told))
+            yield from (f"  {line}" for line in _tell(client, upstream, f"from {stage}", told))
+
+
+def _find(client: "MlflowClient", run_id: str) -> "Run | None":
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None  # `mlflow gc`, or another database

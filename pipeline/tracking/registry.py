@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock
 
-from pipeline.config.tracking import TrackingConfig
+from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking import bank_files
-from pipeline.tracking.client import default_store, experiment_id, open_client, reaching, sqlite_path
+from pipeline.tracking.client import ANSWERS, default_store, experiment_id, open_client, reaching, sqlite_path
 from pipeline.tracking.lineage import DIGEST_TAG, Activation, describe_lineage
 
 if TYPE_CHECKING:
@@ -39,12 +39,18 @@ R = TypeVar("R")
 
 
 def _reaching(method: Callable[Concatenate["Registry", P], R]) -> Callable[Concatenate["Registry", P], R]:
-    """A method that raises ConnectionError when MLflow is away."""
+    """A method that raises ConnectionError when MLflow is away, and ValueError when it refuses."""
 
     @wraps(method)
     def guarded(self: "Registry", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with reaching(self.uri):
-            return method(self, *args, **kwargs)
+        try:
+            with reaching(self.uri):
+                return method(self, *args, **kwargs)
+        except Exception as error:
+            if getattr(error, "error_code", None) not in ANSWERS:
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(f"MLflow at {redact(self.uri)} refuses: {redact(reason)[:300]}") from error
 
     return guarded
 
@@ -52,7 +58,8 @@ def _reaching(method: Callable[Concatenate["Registry", P], R]) -> Callable[Conca
 class Registry:
     """Versions of frozen activations in the MLflow registry; `root` is where the default database lies.
 
-    Its methods raise ConnectionError when MLflow cannot be reached.
+    Its methods raise ConnectionError when MLflow cannot be reached, and ValueError when it refuses: something was
+    deleted there, or there is no right to it.
     """
 
     def __init__(self, config: TrackingConfig, root: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from safetensors.numpy import load_file
 
 from pipeline.config.tracking import TrackingConfig
@@ -168,9 +169,31 @@ def test_any_other_refusal_is_not_tried_again(registry: Registry, bank: Path, mo
         raise MlflowException("no", error_code=INVALID_PARAMETER_VALUE)
 
     monkeypatch.setattr(registry.client, "create_model_version", refused)
-    with pytest.raises(MlflowException, match="no"):
+    with pytest.raises(ValueError, match=r"MLflow at sqlite.* refuses: no"):
         registry.register(bank)
     assert len(calls) == 1
+
+
+def test_files_that_were_deleted_in_mlflow_are_one_readable_line(registry: Registry, bank: Path, tmp_path: Path):
+    """As `pull` of a transfer meets it, which then takes the local files."""
+    registry.client.delete_logged_model(registry.model_id(registry.register(bank)))
+    with pytest.raises(ValueError, match=r"MLflow at sqlite.* refuses: .*m-[0-9a-f]{32}.* not found") as caught:
+        registry.pull("sparta-activation/1", tmp_path / "pulled")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["chain"]
+
+
+def test_what_one_may_not_read_is_refused_by_a_value_error(
+    registry: Registry, bank: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def forbidden(*args: object) -> None:
+        raise MlflowException("Permission denied\nfor run", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(registry.client, "get_run", forbidden)
+    with Tracker(registry.config, bank.parents[1]).chain("demo") as chain, chain.stage("freeze") as stage:
+        stage.register(bank)
+    with pytest.raises(ValueError, match=r"refuses: Permission denied$"):
+        registry.lineage("sparta-activation/1")
 
 
 @pytest.mark.parametrize("reference", ["sparta-activation", "a@b@c", "../x/1", "sparta-activation/0", "", "name@"])

@@ -127,6 +127,31 @@ def test_lineage_leads_from_the_version_to_data_and_commit(
     assert "git.commit" in told
 
 
+def test_runs_that_mlflow_no_longer_has_are_said_to_be_gone(
+    root: Path, config: TrackingConfig, bank: Path, capsys: pytest.CaptureFixture[str]
+):
+    with Tracker(config, root).chain("demo") as chain:
+        with chain.stage("prepare:source", tags={"fingerprint": "f0"}):
+            pass
+        with chain.stage("pretrain:source", tags={"fingerprint": "f1"}) as pretrain:
+            pass
+        with chain.stage("freeze:bank", upstream={"pretrain:source": "f1", "prepare:source": "f0"}) as freeze:
+            freeze.register(bank)
+    store = Registry(config, root).client._tracking_client.store
+
+    def told_without(run_id: str | None) -> str:
+        store._hard_delete_run(run_id)  # as `mlflow gc` does
+        assert main(["--root", str(root), "lineage", "sparta-activation@candidate"]) == 0
+        return capsys.readouterr().out
+
+    told = told_without(pretrain.run_id)
+    assert f"from pretrain:source, run {pretrain.run_id} (no longer in MLflow)" in told
+    assert "from prepare:source" in told
+    assert "in chain demo" in told
+    assert f"in run {chain.run_id} (no longer in MLflow)" in told_without(chain.run_id)
+    assert f"made by run {freeze.run_id} (no longer in MLflow)" in told_without(freeze.run_id)
+
+
 def test_a_candidate_that_passes_becomes_champion(root: Path, promote: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(promote) == 0
     found = Registry(TrackingConfig(), root).resolve("sparta-activation@champion")
