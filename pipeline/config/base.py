@@ -32,7 +32,13 @@ def parse_fraction(value: Any) -> Any:
 
 Eps = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0, allow_inf_nan=False)]
 """Radius of a perturbation, in pixel units of an image in [0, 1]; accepts "8/255". Above 1 it makes sense in l2 alone,
-where it is the length of many pixels together; whoever knows the norm checks that."""
+where it is the length of many pixels together; whoever knows the norm checks that, by `check_radius`."""
 
 PixelStep = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_inf_nan=False)]
 """A step in pixel units; may be 0; accepts "2/255". As to 1, see Eps."""
+
+
+def check_radius(norm: str, eps: float) -> None:
+    """Refuse a linf radius above 1, which is more than a pixel of [0, 1] can move by."""
+    if norm == "linf" and eps > 1:
+        raise ValueError(f'expected 0 < eps <= 1 for linf, got {eps}: pixels are in [0, 1], write "8/255"')

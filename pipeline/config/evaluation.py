@@ -5,11 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.config.base import Section, parse_fraction
+from pipeline.config.base import Eps, Section, check_radius
 
 Norm = Literal["linf", "l2"]
 Loss = Literal["ce", "margin", "dlr"]
-Radius = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0)]
 
 
 class ThreatModel(Section):
@@ -17,13 +16,12 @@ class ThreatModel(Section):
 
     norm: Norm = "linf"
     """Norm of the perturbation."""
-    eps: Radius = 8 / 255
+    eps: Eps = 8 / 255
     """Radius in pixel units of an image in [0, 1]; accepts "8/255". At most 1 for linf."""
 
     @model_validator(mode="after")
     def _inside_the_box(self) -> "ThreatModel":
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f'expected 0 < eps <= 1 for linf, got {self.eps}: pixels are in [0, 1], write "8/255"')
+        check_radius(self.norm, self.eps)
         return self
 
     @property
@@ -71,7 +69,7 @@ class PGDAttack(Section):
     """Random starts; the worst is kept per example."""
     loss: Loss = "ce"
     """Cross-entropy, the difference of the best wrong logit and the true one, or its scale-free form (DLR)."""
-    step_size: Radius | None = None
+    step_size: Eps | None = None
     """Length of a step in pixel units; none means 2.5 eps / steps."""
 
     @property
@@ -189,7 +187,7 @@ def _distinct(attacks: tuple[AttackConfig, ...]) -> tuple[AttackConfig, ...]:
 class CurveConfig(Section):
     """Robust accuracy against the radius, by PGD on the margin."""
 
-    multiples: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_rising)] = (
+    multiples: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], AfterValidator(_rising)] = (
         0.25,
         0.5,
         1.0,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.base import Eps, PixelStep, Section
+from pipeline.config.base import Eps, PixelStep, Section, check_radius
 
 AttackLoss = Literal["ce", "margin", "dlr", "kl"]
 
@@ -20,8 +20,7 @@ class ThreatConfig(Section):
 
     @model_validator(mode="after")
     def _inside_the_box(self) -> "ThreatConfig":
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f'expected 0 < eps <= 1 for linf, got {self.eps}: pixels are in [0, 1], write "8/255"')
+        check_radius(self.norm, self.eps)
         return self
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from pydantic import ValidationError
 
@@ -12,6 +14,20 @@ def test_eps_is_read_as_a_fraction_of_255():
 def test_an_impossible_linf_radius_is_refused(eps):
     with pytest.raises(ValidationError, match=r"expected 0 < eps|greater than 0"):
         ThreatModel(norm="linf", eps=eps)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"threat": {"norm": "l2", "eps": math.inf}},
+        {"other_threats": [{"norm": "l2", "eps": math.inf}]},
+        {"attacks": [{"kind": "pgd", "step_size": math.inf}]},
+        {"curve": {"multiples": [1.0, math.inf]}},
+    ],
+)
+def test_an_infinite_radius_is_refused(given):
+    with pytest.raises(ValidationError, match="finite number"):
+        EvaluationConfig(**given)
 
 
 def test_an_l2_radius_may_exceed_one():
