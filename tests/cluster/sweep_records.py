@@ -7,6 +7,7 @@ from pipeline.cluster.sweep import Trial
 from pipeline.cluster.sweep.board import Board
 from pipeline.cluster.sweep.samplers import ListSampler
 from pipeline.cluster.sweep.trials import Leg, Point
+from pipeline.config.search import Objective
 
 LR, EPS, KIND = "training.optimizer.lr", "training.threat.eps", "training.method.kind"
 
@@ -22,6 +23,7 @@ def make_board(
     known: Sequence[Trial] = (),
     num_trials: int = 3,
     heard: list[str] | None = None,
+    objective: Objective = "robust",
     identify: Callable[[dict], str] = lambda values: f"{int(values[LR] * 10):08d}",
 ) -> Board:
     return Board(
@@ -30,6 +32,7 @@ def make_board(
         sampler=ListSampler([{LR: 0.1}, {LR: 0.2}, {LR: 0.3}], set()),
         identify=identify,
         num_trials=num_trials,
+        objective=objective,
         known=known,
         on_trial=lambda trial: heard.append(trial.state) if heard is not None else None,
     )

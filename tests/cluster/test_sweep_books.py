@@ -8,7 +8,7 @@ from sweep_records import LR, make_board, make_trial
 
 from pipeline.artifacts import fingerprint, write_atomic
 from pipeline.cluster.outcome import Outcome, failed
-from pipeline.cluster.sweep import Trial, load_trials
+from pipeline.cluster.sweep import Trial, load_trials, pareto_front
 from pipeline.cluster.sweep.adopt import CHECKPOINTS
 from pipeline.cluster.sweep.search import _identify, _known_trials
 from pipeline.cluster.sweep.trials import Leg, Point, save_trial
@@ -68,6 +68,30 @@ def test_trials_of_other_settings_are_not_taken_for_known_ones(tmp_path: Path):
     assert _known_trials(tmp_path, base) == [trial]
     assert _known_trials(tmp_path, overlay(base, {"search.num_trials": 99})) == [trial]
     assert _known_trials(tmp_path, overlay(base, {"training.batch_size": 32})) == []
+
+
+def test_trials_are_judged_by_the_epoch_that_is_best_in_the_first_objective(tmp_path: Path):
+    """Robust accuracy is 0 in all epochs of standard training: its first one would stand for every trial."""
+    points = tuple(Point(epoch=n, robust=0.0, clean=clean) for n, clean in enumerate((0.2, 0.9, 0.6), 1))
+    base = overlay(BASE, {"search.enabled": True, "search.objectives": ["clean"]})
+    trial = Trial(number=0, identity=_identify(base)({LR: 0.2}), legs=(Leg(epoch=0, values={LR: 0.2}),), history=points)
+    save_trial(tmp_path, trial)  # as before it was known what counts
+    (known,) = _known_trials(tmp_path, base)
+    assert (known.best.epoch, known.score(["clean"])) == (2, [0.9])
+    first = known.model_copy(update={"state": "done"})
+    weaker = first.model_copy(update={"number": 1, "history": (points[0], points[2])})
+    assert pareto_front([weaker, first], ["clean"]) == [first]
+
+    board = make_board(tmp_path / "new", objective="clean")
+    assert board.next().objective == "clean"
+
+
+@pytest.mark.parametrize(("objective", "epoch"), [("robust", 2), ("clean", 4)])
+def test_of_epochs_that_are_equal_in_the_objective_the_better_one_counts(objective, epoch):
+    points = [(0.1, 0.9), (0.3, 0.5), (0.3, 0.4), (0.2, 0.9)]
+    history = tuple(Point(epoch=n, robust=robust, clean=clean) for n, (robust, clean) in enumerate(points, 1))
+    trial = make_trial(0).model_copy(update={"objective": objective, "history": history})
+    assert trial.best.epoch == epoch
 
 
 def history_of(*robust: float) -> dict:

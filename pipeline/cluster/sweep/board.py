@@ -11,6 +11,7 @@ from pipeline.cluster.sweep.adopt import inherited
 from pipeline.cluster.sweep.samplers import Sampler
 from pipeline.cluster.sweep.trials import Leg, Point, State, Trial, save_trial
 from pipeline.config.load import ConfigError
+from pipeline.config.search import Objective
 
 OnTrial = Callable[[Trial], None]
 """Called in the driver at the start of a trial, after each of its epochs, and at its end."""
@@ -27,10 +28,12 @@ class Board:
         sampler: Sampler,
         identify: Callable[[dict[str, Any]], str],
         num_trials: int,
+        objective: Objective,
         known: Sequence[Trial],
         on_trial: OnTrial,
     ) -> None:
         self.root, self.run, self._sampler, self._identify = root, run, sampler, identify
+        self._objective = objective
         self.trials = {trial.number: trial for trial in known}
         self._waiting = [trial for trial in known if not trial.finished]
         self._new = num_trials - len(known)
@@ -60,11 +63,19 @@ class Board:
         return None
 
     def _made(self, values: dict[str, Any]) -> Trial:
-        number, legs = max(self.trials, default=-1) + 1, (Leg(epoch=0, values=values),)
+        state: State = "running"
         try:
-            return Trial(number=number, identity=self._identify(values), legs=legs)
-        except ConfigError as error:
-            return Trial(number=number, identity=fingerprint(values), legs=legs, state="failed", error=str(error))
+            identity, error = self._identify(values), ""
+        except ConfigError as refusal:
+            state, identity, error = "failed", fingerprint(values), str(refusal)
+        return Trial(
+            number=max(self.trials, default=-1) + 1,
+            identity=identity,
+            legs=(Leg(epoch=0, values=values),),
+            objective=self._objective,
+            state=state,
+            error=error,
+        )
 
     def started(self, number: int, values: dict[str, Any]) -> None:
         """A trial was started or, with other values, goes on as a changed copy of another one."""

@@ -71,6 +71,7 @@ def search(
         sampler=make_sampler(space, base.search, base.seed, known),
         identify=_identify(base),
         num_trials=base.search.num_trials,
+        objective=base.search.objectives[0],
         known=known,
         on_trial=table.update,
     )
@@ -126,7 +127,9 @@ def _identify(base: ChainConfig) -> Callable[[dict[str, Any]], str]:
 
 def _known_trials(output: Path, base: ChainConfig) -> list[Trial]:
     identify = _identify(base)
-    known = [without_lost_legs(trial, output) for trial in load_trials(output) if _same(trial, identify)]
+    same = [trial for trial in load_trials(output) if _same(trial, identify)]
+    first = {"objective": base.search.objectives[0]}  # which older records do not have
+    known = [without_lost_legs(trial, output).model_copy(update=first) for trial in same]
     if known:
         finished = sum(trial.finished for trial in known)
         _log.info("search: %d trials are finished, %d go on where they were", finished, len(known) - finished)

@@ -72,7 +72,7 @@ class Table:
         for name in ("trial", *shown.values(), *_PROGRESS, "state"):
             table.add_column(name, justify="right" if name in ("trial", *_PROGRESS) else "left")
         # The ones under way, then the best of the others.
-        order = sorted(self._trials.values(), key=lambda t: (t.finished, -(t.best.robust if t.best else 0.0)))
+        order = sorted(self._trials.values(), key=lambda t: (t.finished, -_best(t)))
         for trial in order[:_ROWS]:
             values = [brief(trial.values[key]) if key in trial.values else "" for key in shown]
             cells = (str(trial.number + 1), *values, *_progress(trial), trial.state)
@@ -97,8 +97,12 @@ def brief(value: Any) -> str:
 
 
 def _progress(trial: Trial) -> list[str]:
-    """What the last epoch came to, and the highest robust accuracy of all."""
-    if trial.best is None:
+    """What the last epoch came to, and the highest accuracy of all, by which trials are compared."""
+    if not trial.history:
         return ["-"] * len(_PROGRESS)
     last = trial.history[-1]
-    return [str(last.epoch), *(f"{100 * share:.1f}" for share in (last.clean, last.robust, trial.best.robust))]
+    return [str(last.epoch), *(f"{100 * share:.1f}" for share in (last.clean, last.robust, _best(trial)))]
+
+
+def _best(trial: Trial) -> float:
+    return trial.score([trial.objective])[0] if trial.history else 0.0

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.artifacts import fingerprint, write_atomic
+from pipeline.config.search import Objective
 
 _log = logging.getLogger(__name__)
 _NAME = "trial.json"
@@ -44,6 +45,8 @@ class Trial(BaseModel):
     identity: str
     """Fingerprint of everything that the trial's result depends on."""
     legs: tuple[Leg, ...]
+    objective: Objective = "robust"
+    """The accuracy that decides which of its epochs counts: the first of `search.objectives`."""
     state: State = "running"
     history: tuple[Point, ...] = ()
     seconds: float = 0.0
@@ -67,11 +70,13 @@ class Trial(BaseModel):
 
     @property
     def best(self) -> Point | None:
-        """The epoch with the highest robust accuracy, by which trials are compared.
+        """The epoch that is highest in the objective, by which trials are compared; of equals the more robust one.
 
-        Training keeps it too, unless `training.selection.metric` is clean, as it is by default in standard training.
+        What training keeps is decided by its own `training.selection.metric`.
         """
-        return max(self.history, key=lambda point: point.robust, default=None)
+        return max(
+            self.history, key=lambda point: (getattr(point, self.objective), point.robust, point.clean), default=None
+        )
 
     @property
     def finished(self) -> bool:
