@@ -3,7 +3,7 @@
     fingerprint = sha256(stage, version, its config sections, output digests of its upstream)     known before it runs
     output digest = sha256 over (name, sha256) of its output files                               known after
 
-Paths, hosts and times enter neither, so the same work has the same names everywhere.
+Paths, hosts and times enter neither, so the same work has the same names everywhere; it lies below `runs_root`.
 """
 
 import hashlib
@@ -19,10 +19,26 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 RECORD = "artifact.json"
 STARTED = "started.json"
 """Marks a node that began, with its inputs."""
+JOURNAL = "metrics.jsonl"
+"""What a training tells while it runs, in its directory."""
+MODEL = "model"
+"""Where `load_model` finds the network that a training kept, in its directory."""
 _CHUNK = 1 << 20
 # Above this a file is verified by size and by blocks spread over it: hashing an ImageNet on every start is too slow.
 _FULL_HASH_LIMIT = 1 << 28
 _SAMPLED_BLOCKS = 64
+
+
+def runs_root() -> Path:
+    """Where chains and the MLflow database live: SPARTA_RUNS, else ./runs; in a Ray job ~/sparta-runs.
+
+    A job's working directory is a copy that Ray deletes, so nothing that should last may be written there.
+    """
+    if explicit := os.environ.get("SPARTA_RUNS"):
+        return Path(explicit).expanduser().absolute()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return Path.home() / "sparta-runs"
+    return Path("runs").absolute()
 
 
 class FileDigest(BaseModel):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pipeline.artifacts import runs_root
 from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking.lineage import Activation
 from pipeline.tracking.registry import Registry
@@ -55,8 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.registry", description="The registry of frozen activations."
     )
-    root = Path(os.environ.get("SPARTA_RUNS", "runs"))
-    parser.add_argument("--root", type=Path, default=root, help="where mlflow.db lies (SPARTA_RUNS, or runs)")
+    parser.add_argument("--root", type=Path, default=runs_root(), help="where mlflow.db lies (SPARTA_RUNS, or runs)")
     parser.add_argument("--uri", help="tracking server or database; else MLFLOW_TRACKING_URI, else ROOT/mlflow.db")
     parser.add_argument("--model", help="name of the registered model (sparta-activation)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -1,6 +1,6 @@
 """The one command line:
 
-    python -m pipeline.run [CONFIG] [key.path=value ...] [--from S] [--until S] [--only S] [--force S] [--dry-run]
+    python -m pipeline.run [CONFIG] [key.path=value ...] [[--from S] [--until S] | --only S] [--force S] [--dry-run]
 
 CONFIG is a preset's name or a YAML file; without it the embedded demo runs. Exit codes: 0 done, 1 a stage failed,
 2 bad configuration, 3 the cluster cannot satisfy the request, 130 interrupted, 143 terminated.
@@ -8,15 +8,13 @@ CONFIG is a preset's name or a YAML file; without it the embedded demo runs. Exi
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pipeline.artifacts import write_atomic
+from pipeline.artifacts import runs_root, write_atomic
 from pipeline.chain import Action, Chain, Decision, OutputLockedError
 from pipeline.cluster import ClusterTooSmall, raised_as_such
 from pipeline.config.chain import ChainConfig
@@ -59,18 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _again(options: argparse.Namespace) -> str:
     return "the same command without --force" if options.force else "the same command"
-
-
-def runs_root() -> Path:
-    """Where chains and the MLflow database live: SPARTA_RUNS, else ./runs; in a Ray job ~/sparta-runs.
-
-    A job's working directory is a copy that Ray deletes, so nothing that should last may be written there.
-    """
-    if explicit := os.environ.get("SPARTA_RUNS"):
-        return Path(explicit).expanduser().absolute()
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return Path.home() / "sparta-runs"
-    return Path("runs").absolute()
 
 
 def _run(config: ChainConfig, options: argparse.Namespace) -> int:
@@ -166,6 +152,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and why, start nothing")
     options = parser.parse_intermixed_args(arguments)
+    if options.only and (options.start or options.until):
+        parser.error("expected --only without --from and --until, got both: it names the one stage, they name a range")
     if options.config is not None and "=" in options.config:
         options.config, options.overrides = None, [options.config, *options.overrides]
     return options

@@ -61,3 +61,13 @@ def test_changes_are_named_with_both_values() -> None:
 def test_unreadable_record_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / artifacts.RECORD).write_text(content)
     assert artifacts.load_record(tmp_path) is None
+
+
+def test_runs_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARTA_RUNS", str(tmp_path / "elsewhere"))
+    assert artifacts.runs_root() == tmp_path / "elsewhere"
+    monkeypatch.delenv("SPARTA_RUNS")
+    monkeypatch.chdir(tmp_path)
+    assert artifacts.runs_root() == tmp_path / "runs"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert artifacts.runs_root() == Path.home() / "sparta-runs"

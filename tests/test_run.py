@@ -57,6 +57,14 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("other", ["--from", "--until"])
+def test_one_stage_and_a_range_of_stages_are_refused_together(other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        run.main(["--only", "prepare", other, "report"])
+    assert refused.value.code == 2
+    assert "expected --only without --from and --until" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -124,15 +132,6 @@ def test_dry_run_shows_an_enabled_search(capsys: pytest.CaptureFixture[str]) -> 
 def test_later_stage_alone_fails_when_the_earlier_ones_are_not_done(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--only", "report"]) == 1
     assert "not chosen to run" in capsys.readouterr().out
-
-
-def test_runs_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run.runs_root() == tmp_path / "runs"
-    monkeypatch.delenv("SPARTA_RUNS")
-    monkeypatch.chdir(tmp_path)
-    assert run.runs_root() == tmp_path / "runs"
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert run.runs_root() == Path.home() / "sparta-runs"
 
 
 def toy_node(stage: str, branch: str, *needs: str) -> Node[str]:

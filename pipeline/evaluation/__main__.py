@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from pipeline.artifacts import runs_root
 from pipeline.config.evaluation import SUITES, EvaluationConfig
 from pipeline.evaluation.audit.confusion import confusion_table
 from pipeline.evaluation.blocks import evaluating, load_arrays, predict
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", type=Path, help="with a registered activation: the network trained with it")
-    parser.add_argument("--registry-root", type=Path, default=Path("runs"), help="folder of the registry's database")
+    parser.add_argument(
+        "--registry-root", type=Path, default=runs_root(), help="where mlflow.db lies (SPARTA_RUNS, or runs)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
 
 

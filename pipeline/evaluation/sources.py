@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.artifacts import MODEL, runs_root
 from pipeline.config.data import DataConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.data import PreparedData, prepare
@@ -26,14 +27,14 @@ FORMS = (
 
 
 def open_model(
-    source: str, *, network: Path | None = None, registry_root: Path = Path("runs"), device: torch.device | str = "cpu"
+    source: str, *, network: Path | None = None, registry_root: Path | None = None, device: torch.device | str = "cpu"
 ) -> nn.Module:
     """A model in eval mode.
 
     Args:
         source: a directory; a registered activation, NAME@ALIAS or NAME/VERSION; or module:function.
         network: with a registered activation, the directory of the network that was trained with it.
-        registry_root: where the registry's default database lies.
+        registry_root: where the registry's default database lies; None: where chains keep it, `runs_root`.
         device: where the model goes.
 
     Raises:
@@ -44,7 +45,7 @@ def open_model(
     if ":" in source:
         return _from_function(source).eval().to(device)
     if _REFERENCE.fullmatch(source):
-        return _registered(source, network, registry_root, device)
+        return _registered(source, network, registry_root or runs_root(), device)
     raise ValueError(f"expected {FORMS}; got {source!r}, which is none of these")
 
 
@@ -63,7 +64,7 @@ def open_data(source: str, directory: Path, *, seed: int) -> PreparedData:
 
 
 def _from_directory(directory: Path, device: torch.device | str) -> nn.Module:
-    inner = directory / "model"
+    inner = directory / MODEL
     return load_model(inner if inner.is_dir() else directory, device)
 
 

@@ -163,6 +163,18 @@ def test_a_registered_activation_is_judged_in_the_network_trained_with_it(tmp_pa
         open_model("sparta-activation@candidate", network=tmp_path / "other", **options)
 
 
+def test_the_registry_is_looked_for_where_chains_keep_it(tmp_path, monkeypatch, capsys):
+    from pipeline.tracking.registry import Registry
+
+    directory = saved(tmp_path / "model", "sparta")
+    bank = ActivationBank.from_model(open_model(str(directory)))
+    Registry(TrackingConfig(), tmp_path).register(bank.save(tmp_path / "bank"))
+    np.savez(tmp_path / "images.npz", x_adv=np.zeros((2, 1, 8, 8), np.float32), y=np.zeros(2, np.int64))
+    monkeypatch.setenv("SPARTA_RUNS", str(tmp_path))
+    assert run("judge", "sparta-activation@candidate", tmp_path / "images.npz", "--network", directory) == 0
+    assert "accuracy on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
