@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
+from pipeline.artifacts import JOURNAL
 from pipeline.cluster.capacity import Capacity, connected, preflight, uses_gpu, worker_bundle
 from pipeline.cluster.orphans import freeing_orphans
 from pipeline.cluster.outcome import Outcome, clear_stop, failed, load_outcome, request_stop, stop_requested, stopped
@@ -30,7 +31,6 @@ Result = TypeVar("Result", bound=BaseModel)
 OnProgress = Callable[[Any, Entry], None]
 """Called in the driver with the job and each new entry of its journal."""
 
-JOURNAL = "metrics.jsonl"
 _POLL_SECONDS = 0.2
 _STOP_GRACE_SECONDS = 1.0  # a Ray job gets 3 s between SIGTERM and SIGKILL; MLflow is told in the rest
 

@@ -23,6 +23,7 @@ from pipeline.config.evaluation import AttackConfig, EvaluationConfig, PGDAttack
 from pipeline.data.errors import UNREADABLE_NPZ
 from pipeline.evaluation.attacks import run_attack
 from pipeline.evaluation.sample import Positions
+from pipeline.training.seeds import derive_seed
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 Mask = npt.NDArray[np.bool_]
@@ -80,10 +81,9 @@ def model_digest(model: nn.Module) -> str:
     return state.hexdigest()
 
 
-def derived_seed(seed: int, *labels: object) -> int:
-    """A 31-bit seed for one purpose, independent of all others."""
-    text = "/".join(map(str, (seed, *labels)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+def short_seed(seed: int, *labels: object) -> int:
+    """A 31-bit seed for one purpose, independent of all others: some attacks' libraries take no longer one."""
+    return derive_seed(seed, *map(str, labels)) >> 32
 
 
 class _Connected(nn.Module):
@@ -170,7 +170,7 @@ def judge_block(
         ValueError: an attack met a gradient that is not a number.
     """
     x, y, number = block.x, block.y, block.number
-    with evaluating(model), own_random_state(derived_seed(seed, "model", number)):
+    with evaluating(model), own_random_state(short_seed(seed, "model", number)):
         model = attackable(model, x)
         predicted = predict(model, x)
         clean = predicted == y
@@ -185,14 +185,14 @@ def judge_block(
             if isinstance(attack, TransferAttack) and reference is None:
                 main.warnings.append(f"{attack.name}: skipped, there is no reference model")
                 continue
-            found[f"correct/{attack.name}"] = main.run(attack, derived_seed(seed, attack.name, number), reference)
+            found[f"correct/{attack.name}"] = main.run(attack, short_seed(seed, attack.name, number), reference)
         found["correct/union"] = main.correct.cpu().numpy()
         warnings = list(main.warnings)
         for threat in config.other_threats:
             other = _Cascade(model, x, y, clean, threat)
             for attack in OTHER_ATTACKS:
                 key = f"{threat.label}/{attack.name}"
-                found[f"correct/{key}"] = other.run(attack, derived_seed(seed, key, number), reference)
+                found[f"correct/{key}"] = other.run(attack, short_seed(seed, key, number), reference)
         found.update(_curve(model, block, clean, config, seed=seed))
         found.update(_pictures(main, clean, predict(model, main.x_adv), config, block.positions))
     found["warnings"] = np.array(sorted(set(warnings)), dtype=np.str_)
@@ -210,7 +210,7 @@ def _curve(model: nn.Module, block: Block, clean: Tensor, config: EvaluationConf
     attack = PGDAttack(steps=config.curve.steps, loss="margin")
     for i, multiple in enumerate(config.curve.multiples):
         cascade = _Cascade(model, x, y, correct, config.threat.scaled(multiple))
-        found[f"curve/{i}"] = cascade.run(attack, derived_seed(seed, "curve", multiple, block.number), None)
+        found[f"curve/{i}"] = cascade.run(attack, short_seed(seed, "curve", multiple, block.number), None)
         correct = cascade.correct
     return found
 

@@ -158,13 +158,6 @@ class Evaluation(_Record):
             raise ValueError(f"expected schema {SCHEMA}, got {version}; evaluate the model again")
         return version
 
-    def attack(self, name: str) -> AttackResult:
-        """The result of one attack; ValueError names the known ones."""
-        for result in self.attacks:
-            if result.name == name:
-                return result
-        raise ValueError(f"unknown attack {name!r}; known: {', '.join(result.name for result in self.attacks)}")
-
     def save(self, directory: Path) -> None:
         """Write the record into `directory`, all or nothing."""
         write_atomic(directory / RECORD, self.model_dump_json(indent=1))

@@ -7,10 +7,10 @@ import numpy as np
 
 from pipeline.evaluation.records import ClassResult
 from pipeline.evaluation.stats import Accuracy, Difference, difference, mcnemar
+from pipeline.report.cells import CELLS
 from pipeline.report.inputs import ModelCard, ReportInputs
 from sparta_models import ACTIVATIONS
-
-CELLS = tuple((spatial, dependence) for spatial in ("shared", "varying") for dependence in ("independent", "dependent"))
+from sparta_models.activations.base import Cell
 
 
 class Row(NamedTuple):
@@ -90,16 +90,16 @@ def _attack(card: ModelCard, kind: str) -> Accuracy | None:
     return found[-1] if found else None
 
 
-def two_by_two(summary: Iterable[Row]) -> dict[tuple[str, str], list[CellEntry]]:
+def two_by_two(summary: Iterable[Row]) -> dict[Cell, list[CellEntry]]:
     """Every activation in its cell, with the result on the source's data where it was measured there."""
     results: dict[str, Row] = {}
     for row in summary:
         results.setdefault(row.card.activation, row)
-    cells: dict[tuple[str, str], list[CellEntry]] = {cell: [] for cell in CELLS}
+    cells: dict[Cell, list[CellEntry]] = {cell: [] for cell in CELLS}
     for name, kind in ACTIVATIONS.items():
         found = results.get(name)
         entry = CellEntry(name, kind.formula, found.robust if found else None, found.clean if found else None)
-        cells[(kind.cell.spatial, kind.cell.dependence)].append(entry)
+        cells[kind.cell].append(entry)
     return {cell: sorted(entries, key=lambda entry: entry.robust is None) for cell, entries in cells.items()}
 
 

@@ -16,7 +16,7 @@ class ModelCard(Section):
     """One trained and evaluated network."""
 
     label: str = Field(min_length=1)
-    """Unique name of the row, e.g. "digits59"."""
+    """Unique name of the row, e.g. "digits-5-9"."""
     target: str
     """What it is compared within: models of one target share data, architecture and budget."""
     role: Role

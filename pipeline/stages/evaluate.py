@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts import MODEL
 from pipeline.cluster import num_task_slots, run_tasks
 from pipeline.config.base import one_line
 from pipeline.config.evaluation import EvaluationConfig
@@ -128,14 +129,14 @@ def _judgement(context: StageContext[EvaluateTask]) -> Judgement:
     prepared, data = workers_data(context, task.data)
     context.run.dataset(prepared.name, prepared.digest, context="test")
     return Judgement(
-        model=upstream[task.model].directory / "model",
-        reference=upstream[task.reference].directory / "model",
+        model=upstream[task.model].directory / MODEL,
+        reference=upstream[task.reference].directory / MODEL,
         data=data,
         evaluation=task.evaluation,
         output=context.directory,
         seed=task.seed,
         num_examples=task.evaluation.num_examples or prepared.splits["test"].count,
-        matched=tuple((name, upstream[key].directory / "model") for name, key in task.matched),
+        matched=tuple((name, upstream[key].directory / MODEL) for name, key in task.matched),
     )
 
 

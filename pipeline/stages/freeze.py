@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.artifacts import MODEL
 from pipeline.config.bank import BankConfig
 from pipeline.config.base import one_line
 from pipeline.config.load import ConfigError
@@ -145,7 +146,7 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
     source = context.upstream[task.model]
     trained = TrainedModel.model_validate(source.record.payload)
     prepared = PreparedData.load(context.upstream[task.data].directory)
-    model = load_model(source.directory / "model")
+    model = load_model(source.directory / MODEL)
     facts = {
         "dataset": prepared.name,
         "data_sha256": prepared.digest,

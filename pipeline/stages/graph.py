@@ -17,7 +17,7 @@ from pipeline.stages.evaluate import EvaluateTask, evaluate_node
 from pipeline.stages.fit import check_fit, check_networks
 from pipeline.stages.freeze import FreezeTask, bank_node, freeze_node, frozen_bank, threat_in_words
 from pipeline.stages.node import Finished, Node
-from pipeline.stages.prepare import PrepareTask, prepare_node
+from pipeline.stages.prepare import SOURCE_DATA, PrepareTask, data_key, prepare_node
 from pipeline.stages.report import ReportedModel, ReportTask, report_node
 from pipeline.stages.search import SearchTask, TunedConfig, search_node
 from pipeline.stages.study import study_nodes
@@ -25,7 +25,6 @@ from pipeline.stages.train import TrainTask, train_node
 
 STAGES = ("prepare", "search", "pretrain", "freeze", "transfer", "evaluate", "report")
 _SOURCE_NAME = "source"
-_SOURCE_DATA = "prepare:source"
 _SOURCE = "pretrain:source"
 _BANK = "freeze:bank"
 _SEARCH = "search:best"
@@ -38,7 +37,7 @@ def head(config: ChainConfig, *, planning: bool = False) -> list[Node[Any]]:
         for branch, data in _datasets(config).items()
     ]
     if config.search.enabled:
-        nodes.append(search_node(SearchTask(config, _SOURCE_DATA)))
+        nodes.append(search_node(SearchTask(config, SOURCE_DATA)))
     if config.bank is not None:
         nodes.insert(0, bank_node(config.bank))  # a version that is not there is known before any data is read
     return nodes
@@ -83,7 +82,7 @@ def _chain_nodes(config: ChainConfig) -> list[Node[Any]]:
     models = reported_models(config)
     pretrain = [_train(model) for model in models if model.target == _SOURCE_NAME]
     transfer = [_train(model) for model in models if model.target != _SOURCE_NAME]
-    freeze = [] if config.bank else [freeze_node(FreezeTask(_SOURCE, _SOURCE_DATA, threat_in_words(config.training)))]
+    freeze = [] if config.bank else [freeze_node(FreezeTask(_SOURCE, SOURCE_DATA, threat_in_words(config.training)))]
     evaluations = [_evaluation(config, model) for model in models]
     search = _SEARCH if config.search.enabled else None
     task = ReportTask(config.name, config.report, models, _BANK, search, config.seed, trained_here=config.bank is None)
@@ -116,7 +115,7 @@ def _reported(config: ChainConfig, target: TransferTarget, *, control: bool) -> 
         augment=target.augment or config.augment,
         training=target.training or config.training,
         seed=config.seed,
-        data=f"prepare:{target.name}" if target.data is not None else _SOURCE_DATA,
+        data=data_key(target),
         bank=_BANK if frozen else None,
         adapt=target.adapt if frozen else None,
     )

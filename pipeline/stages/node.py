@@ -74,7 +74,7 @@ class Node(Generic[Task]):
 
     @property
     def key(self) -> str:
-        """Name in the chain, e.g. "transfer:digits59-sparta"."""
+        """Name in the chain, e.g. "transfer:digits-5-9"."""
         return f"{self.stage}:{self.branch}"
 
 

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.chain import TransferTarget
 from pipeline.config.data import DataConfig
 from pipeline.data import PreparedData, identity, prepare, publish
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+
+SOURCE_DATA = "prepare:source"
+"""Key of the node that prepares what the source is trained on."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,11 @@ class PrepareTask:
 
     data: DataConfig
     seed: int
+
+
+def data_key(target: TransferTarget) -> str:
+    """Key of the node that prepares a target's images: its own, or those of the source."""
+    return f"prepare:{target.name}" if target.data is not None else SOURCE_DATA
 
 
 def prepare_node(branch: str, task: PrepareTask, *, planning: bool = False) -> Node[PrepareTask]:
@@ -45,6 +54,6 @@ def workers_data(context: StageContext[Any], key: str) -> tuple[PreparedData, Pa
     """
     directory, config = context.upstream[key].directory, context.services.config
     prepared = PreparedData.load(directory)
-    own = {f"prepare:{target.name}": target.data for target in config.transfer if target.data is not None}
+    own = {data_key(target): target.data for target in config.transfer if target.data is not None}
     mirror = own.get(key, config.data).mirror
     return prepared, directory if mirror is None else Path(publish(directory, mirror))

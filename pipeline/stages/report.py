@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.artifacts import MODEL
 from pipeline.config.report import ReportConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
@@ -103,7 +104,7 @@ def _tell_chain(run: "ChainRun", inputs: ReportInputs, directory: Path) -> None:
 def _card(context: StageContext[ReportTask], model: ReportedModel) -> ModelCard:
     prepared = PreparedData.load(context.upstream[model.data].directory)
     trained, evaluated = context.upstream[model.trained], context.upstream[model.evaluation]
-    network = load_model(trained.directory / "model")
+    network = load_model(trained.directory / MODEL)
     options: dict[str, Any] = dict(model.task.model.options)
     return ModelCard(
         label=model.branch,
@@ -118,7 +119,7 @@ def _card(context: StageContext[ReportTask], model: ReportedModel) -> ModelCard:
         trained=TrainedModel.model_validate(trained.record.payload),
         evaluation=Evaluation.load(evaluated.directory),
         evaluation_directory=evaluated.directory,
-        model_directory=trained.directory / "model",
+        model_directory=trained.directory / MODEL,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.artifacts import MODEL
 from pipeline.config.chain import ChainConfig, TransferTarget
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.model import ModelConfig
@@ -23,12 +24,12 @@ from pipeline.report.study_page import PAGE, write_study
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
 from pipeline.stages.freeze import FreezeTask, freeze_node, threat_in_words
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
+from pipeline.stages.prepare import SOURCE_DATA, data_key
 from pipeline.stages.train import TrainTask, train_node
 from pipeline.training import TrainedModel, load_model
 
 MAIN, CONTROL, FROZEN, UNTRAINED = "sparta", "control", "frozen", "untrained"
 ADVERSARIAL, STANDARD = "adversarial training", "standard training"
-SOURCE_DATA = "prepare:source"
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _on_target(config: ChainConfig, study: StudyConfig, target: TransferTarget, 
                 augment=target.augment or config.augment,
                 training=training,
                 seed=seed,
-                data=f"prepare:{target.name}" if target.data is not None else SOURCE_DATA,
+                data=data_key(target),
                 bank=None if not frozen else "freeze:bank" if config.bank else f"freeze:s{seed}",
                 adapt=target.adapt if frozen else None,
             ),
@@ -213,7 +214,7 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         seed=network.task.seed,
         architecture=" ".join([model.name, *(f"{key}={value}" for key, value in model.options.items())]),
         dataset=prepared.name,
-        num_parameters=sum(p.numel() for p in load_model(trained.directory / "model").parameters()),
+        num_parameters=sum(p.numel() for p in load_model(trained.directory / MODEL).parameters()),
         training_flops=record.flops_per_step * steps * record.epochs,
         epochs=record.epochs,
         precision=record.precision,

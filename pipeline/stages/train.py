@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts import JOURNAL, MODEL
 from pipeline.cluster import launch_many
 from pipeline.config.data import AugmentConfig
 from pipeline.config.model import ModelConfig
@@ -19,8 +20,6 @@ from pipeline.tracking import DIGEST_PREFIX, Entry, bank_digest
 from pipeline.training import TrainedModel, TrainJob
 
 _log = logging.getLogger(__name__)
-JOURNAL = "metrics.jsonl"
-MODEL = "model"
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pipeline.artifacts import JOURNAL
 from pipeline.cluster.sweep import Trial
 from pipeline.tracking import ChainRun, StageRun
-
-JOURNAL = "metrics.jsonl"
 
 
 class TrialRuns:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from pipeline.artifacts import MODEL
 from pipeline.config.training import FGSMRSConfig
 from pipeline.training.context import Context
 from pipeline.training.errors import FrozenChangedError
@@ -20,7 +21,6 @@ from sparta_models import ActivationBank
 
 _log = logging.getLogger(__name__)
 RECORD = "trained.json"
-MODEL = "model"
 
 
 def end_epoch(run: Run, monitor: Monitor) -> None:

@@ -45,11 +45,6 @@ class FoldedShadow(nn.Module):
             fold.folded.to(dtype)
         self.refresh()
 
-    @property
-    def num_folded(self) -> int:
-        """Number of batch norms that are folded."""
-        return len(self._folds)
-
     def refresh(self) -> None:
         """Take over the weights and statistics that the model has now."""
         _refresh(self._folds)

@@ -58,8 +58,6 @@ class TrainedModel(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     fingerprint: str
-    directory: str = "model"
-    """Where load_model finds the network, relative to the output directory."""
     weights_sha256: str
     epochs: int
     """Epochs that were run."""

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pipeline.artifacts import JOURNAL
 from pipeline.data import Loader
 from pipeline.training.floor import floor_seconds
 from pipeline.training.methods import Cost
@@ -17,7 +18,6 @@ from pipeline.training.network import Forward
 from pipeline.training.reporter import Reporter
 from pipeline.training.run import Run
 
-JOURNAL = "metrics.jsonl"
 JOURNAL_STEPS = 50
 """Steps between two journal entries inside an epoch."""
 

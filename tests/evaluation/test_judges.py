@@ -120,7 +120,7 @@ def test_autoattack_in_l2_runs_in_the_suite(robust, prepared, tmp_path):
     result = evaluate(robust, prepared, config, tmp_path, seed=0)
     arrays = result.arrays(tmp_path)
     length = torch.from_numpy(arrays["x_adv"] - arrays["x"]).flatten(1).norm(dim=1)
-    assert result.attack("autoattack").fooled > 0
+    assert [(attack.name, attack.fooled > 0) for attack in result.attacks] == [("autoattack", True)]
     assert 0 < length.max() <= 1 + 1e-4
     assert result.warnings == ()
 

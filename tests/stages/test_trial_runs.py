@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifacts import JOURNAL
 from pipeline.cluster.sweep.trials import Leg, Point, Trial
 from pipeline.config.tracking import TrackingConfig
-from pipeline.stages.trial_runs import JOURNAL, TrialRuns
+from pipeline.stages.trial_runs import TrialRuns
 from pipeline.tracking import Journal, Tracker
 from pipeline.tracking.client import open_client
 

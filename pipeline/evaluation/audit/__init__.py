@@ -33,7 +33,7 @@ from pipeline.evaluation.audit import (
 )
 from pipeline.evaluation.audit.kept import Kept
 from pipeline.evaluation.audit.subject import Subject
-from pipeline.evaluation.blocks import attackable, derived_seed, evaluating, model_digest, own_random_state
+from pipeline.evaluation.blocks import attackable, evaluating, model_digest, own_random_state, short_seed
 from pipeline.evaluation.records import AuditReport, Check
 
 CHECKS: tuple[Callable[[Subject], Check], ...] = (
@@ -112,7 +112,7 @@ def audit(
 def _run(number: int, check: Callable[[Subject], Check], subject: Subject, kept: Kept) -> Check:
     """Each check draws its own random numbers, so that it finds the same whether or not others ran before it."""
     subject.prepare()
-    with own_random_state(derived_seed(subject.seed, "check", number)):
+    with own_random_state(short_seed(subject.seed, "check", number)):
         found = check(subject)
     if check is not frozen.check:
         kept.save(found)

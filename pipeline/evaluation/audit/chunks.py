@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluation.attacks import Problem, worst_of
-from pipeline.evaluation.blocks import derived_seed, predict
+from pipeline.evaluation.blocks import predict, short_seed
 
 CHUNK = 128
 """The images of a quick audit; PGD through a ResNet-50 at 224 x 224 holds some ten GB for so many."""
@@ -27,7 +27,7 @@ def slices(count: int) -> list[slice]:
 def chunks(problem: Problem) -> Iterator[Problem]:
     """The problem in pieces, each with random numbers of its own."""
     for i, piece in enumerate(slices(len(problem.y))):
-        seed = derived_seed(problem.seed, "chunk", i) if i else problem.seed
+        seed = short_seed(problem.seed, "chunk", i) if i else problem.seed
         yield replace(problem, x=problem.x[piece], y=problem.y[piece], seed=seed)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.config.evaluation import ThreatModel
 from pipeline.evaluation.attacks import Problem, pgd_on
 from pipeline.evaluation.audit.chunks import Attack, attacked, fooled, predicted, worst
-from pipeline.evaluation.blocks import derived_seed, own_random_state
+from pipeline.evaluation.blocks import own_random_state, short_seed
 from pipeline.evaluation.records import Check
 
 FLOAT32_ONLY = (RuntimeError, TypeError, NotImplementedError)
@@ -95,7 +95,7 @@ class Subject:
     def problem(self, label: str, *, keep: Tensor | None = None, threat: ThreatModel | None = None) -> Problem:
         """The correct images (those of the mask `keep`) as an attack problem with its own random numbers."""
         x, y = (self.x, self.y) if keep is None else (self.x[keep], self.y[keep])
-        return Problem(self.model, x, y, threat or self.threat, derived_seed(self.seed, "audit", label), self.reference)
+        return Problem(self.model, x, y, threat or self.threat, short_seed(self.seed, "audit", label), self.reference)
 
     @property
     def everyone(self) -> Problem:

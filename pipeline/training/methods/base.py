@@ -87,6 +87,17 @@ class Attack:
         )
 
 
+@dataclass(frozen=True)
+class Attacking:
+    """What the methods have in common whose examples an attack makes."""
+
+    attack: Attack
+
+    def perturb(self, model: Model, x: Tensor, y: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+        """Adversarial images of the attack."""
+        return self.attack(model, x, y, strength, generator)
+
+
 def cross_entropy(z: Tensor, y: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy (B,) of logits z (B, C) with labels or probabilities y, smoothed (arXiv 1512.00567)."""
     return F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.training.attacks.pgd import Model
-from pipeline.training.methods.base import Attack, Cost, Terms, cross_entropy, forward_both
+from pipeline.training.methods.base import Attacking, Cost, Terms, cross_entropy, forward_both
 
 _MARGIN = 1.0001  # of the authors' code: keeps the logarithm of 1 - p finite
 
@@ -24,10 +24,9 @@ def _kl(clean: Tensor, adv: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Trades:
+class Trades(Attacking):
     """Trade-off between clean accuracy and the stability of predictions."""
 
-    attack: Attack
     beta: float
     smoothing: float
 
@@ -36,10 +35,6 @@ class Trades:
         """2 K + 7 forward passes with the KL attack."""
         return self.attack.cost(2)
 
-    def perturb(self, model: Model, x: Tensor, y: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-        """Adversarial images of the attack."""
-        return self.attack(model, x, y, strength, generator)
-
     def terms(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
         """Cross-entropy on x + beta KL."""
         clean, adv = forward_both(model, x, x_adv)
@@ -47,20 +42,15 @@ class Trades:
 
 
 @dataclass(frozen=True)
-class Mart:
+class Mart(Attacking):
     """Misclassification-aware training; y are labels (B,)."""
 
-    attack: Attack
     beta: float
 
     @property
     def cost(self) -> Cost:
         """2 K + 6 forward passes."""
         return self.attack.cost(2)
-
-    def perturb(self, model: Model, x: Tensor, y: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-        """Adversarial images of the attack."""
-        return self.attack(model, x, y, strength, generator)
 
     def terms(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
         """Boosted cross-entropy on x_adv + beta KL, weighted by how wrong the clean prediction is."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.training.attacks.pgd import Model
-from pipeline.training.methods.base import Attack, Cost, Terms, cross_entropy
+from pipeline.training.methods.base import Attacking, Cost, Terms, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,15 @@ class Standard:
 
 
 @dataclass(frozen=True)
-class Adversarial:
+class Adversarial(Attacking):
     """Cross-entropy on adversarial images alone: PGD training, and with a one-step attack FGSM-RS."""
 
-    attack: Attack
     smoothing: float
 
     @property
     def cost(self) -> Cost:
         """2 K + 3 forward passes."""
         return self.attack.cost(1)
-
-    def perturb(self, model: Model, x: Tensor, y: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-        """Adversarial images of the attack."""
-        return self.attack(model, x, y, strength, generator)
 
     def terms(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
         """Cross-entropy on x_adv."""
