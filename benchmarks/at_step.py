@@ -3,7 +3,10 @@ costs besides its steps, in one run.
 
     python benchmarks/at_step.py [--networks resnet8 resnet18] [--methods pgd_at trades fgsm_rs] [--variants ...]
                                  [--compiled] [--steps 10] [--rounds 5] [--activation sparta] [--device cpu|cuda]
-                                 [--clock wall|cpu] [--threads N] [--json FILE]
+                                 [--clock wall|cpu] [--threads N] [--no-epochs] [--json FILE]
+
+ResNet-8 and ResNet-18 see images of 32 x 32. `--networks resnet50`, ImageNet's form, sees 64 of 224 x 224 in a step:
+what docs/scale.md asks for. It is meant for a GPU, and left out unless it is named.
 
 Every variant makes one step per round, in turn, so that a change of the machine's load meets all of them; the table
 takes the median over rounds of the time, and of the ratios within a round. The process is bound to as many cores as it
@@ -30,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +58,19 @@ from pipeline.training.loop import train_step
 from pipeline.training.network import Forward, shadow
 from pipeline.training.run import Run, open_run
 
-NETWORKS = {"resnet8": ({"width": 16}, 128), "resnet18": ({"width": 64}, 32)}
+
+class Setting(NamedTuple):
+    options: dict[str, Any]
+    batch: int
+    side: int = 32
+    """Height and width of its images."""
+
+
+NETWORKS = {
+    "resnet8": Setting({"width": 16}, 128),
+    "resnet18": Setting({"width": 64}, 32),
+    "resnet50": Setting({"stem": "imagenet"}, 64, 224),
+}
 VARIANTS = {
     "fp32 eager": ("fp32", "off"),
     "bf16 eager": ("bf16", "off"),
@@ -101,11 +117,13 @@ def textbook(net: nn.Module, optimizer: torch.optim.Optimizer, name: str, steps:
     loss.item()
 
 
-def random_images(directory: Path, num_train: int) -> PreparedData:
+def random_images(directory: Path, num_train: int, side: int = 32) -> PreparedData:
     """So many random images to train on."""
     directory.mkdir(parents=True)
     draws, count = np.random.default_rng(0), num_train + num_train // 4
-    arrays = {f"{split}_images": draws.integers(0, 256, (count, 32, 32, 3), np.uint8) for split in ("train", "test")}
+    arrays = {
+        f"{split}_images": draws.integers(0, 256, (count, side, side, 3), np.uint8) for split in ("train", "test")
+    }
     arrays |= {f"{split}_labels": np.arange(count) % 10 for split in ("train", "test")}
     np.savez(directory / "images.npz", **arrays)
     config = DataConfig(
@@ -118,7 +136,7 @@ def our_run(prepared: PreparedData, network: str, method, variant: str, batch: i
     precision, compiled = VARIANTS[variant]
     job = TrainJob(
         model=ModelConfig(
-            name=network, activation=ActivationConfig(name=options.activation), options=NETWORKS[network][0]
+            name=network, activation=ActivationConfig(name=options.activation), options=NETWORKS[network].options
         ),
         data=prepared.directory,
         training=TrainingConfig(epochs=10**6, batch_size=batch, method=method, precision=precision, compile=compiled),
@@ -144,7 +162,7 @@ def contestants(
     prepared: PreparedData, network: str, name: str, variants: list[str], options: argparse.Namespace
 ) -> dict:
     """Name -> a function that makes one step and returns its seconds; warmed up."""
-    batch, method = NETWORKS[network][1], method_config(name, options.steps)
+    batch, method = NETWORKS[network].batch, method_config(name, options.steps)
     runs = {variant: our_run(prepared, network, method, variant, batch, options) for variant in variants}
     any_run = next(iter(runs.values()))
     x, y = (t[:batch] for t in next(iter(any_run.loader)))
@@ -201,7 +219,7 @@ def measure(
                 "network": network,
                 "method": name,
                 "variant": key,
-                "images_per_second": NETWORKS[network][1] / statistics.median(r[key] for r in rounds),
+                "images_per_second": NETWORKS[network].batch / statistics.median(r[key] for r in rounds),
                 "times_floor": statistics.median(r[key] / r[f"floor {precision}"] for r in rounds),
                 "times_folded": statistics.median(r[key] / r[f"folded {precision}"] for r in rounds),
                 "over_textbook": statistics.median(r["textbook"] / r[key] for r in rounds),
@@ -229,7 +247,7 @@ def epoch_shares(directory: Path, name: str, options: argparse.Namespace) -> dic
     prepared = random_images(directory / name, 16 * 128)
     job = TrainJob(
         model=ModelConfig(
-            name="resnet8", activation=ActivationConfig(name=options.activation), options=NETWORKS["resnet8"][0]
+            name="resnet8", activation=ActivationConfig(name=options.activation), options=NETWORKS["resnet8"].options
         ),
         data=prepared.directory,
         training=TrainingConfig(
@@ -288,7 +306,7 @@ def describe(options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--networks", nargs="+", default=["resnet8", "resnet18"], choices=NETWORKS)
     parser.add_argument("--methods", nargs="+", default=["pgd_at", "trades", "fgsm_rs"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all on a GPU, else the eager ones")
     parser.add_argument("--compiled", action="store_true", help="on a CPU: also compiled, ResNet-8 alone")
@@ -312,8 +330,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|" + "---|" * gpu)
     rows, epochs = [], {}
     with tempfile.TemporaryDirectory() as directory:
-        prepared = random_images(Path(directory) / "steps", 256)
+        sides = {NETWORKS[network].side for network in options.networks}
+        images = {side: random_images(Path(directory) / f"steps-{side}", 256, side) for side in sides}
         for network in options.networks:
+            prepared = images[NETWORKS[network].side]
             wanted = options.compiled and network == "resnet8"
             compiled = [f"{precision} compiled" for precision in precisions if wanted]
             variants = list(dict.fromkeys([*chosen, *compiled]))

@@ -1,6 +1,8 @@
 """The estimate of a dry run: counted by hand, by the training's own count, and against what is really written."""
 
 import json
+import re
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +133,7 @@ def test_hours_follow_from_the_images_per_second_of_the_source() -> None:
     assert source.flops / speed == pytest.approx(images / 100, rel=0.2)  # the last validation comes on top
     lines = table(estimates, speed)
     assert any(line.startswith("total") for line in lines)
-    assert "GPU-hours" in lines[1]
+    assert lines[1].split() == ["estimate", "TFLOP", "checkpoints", "data", "hours"]
 
 
 def test_dry_run_prints_the_estimate_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +224,19 @@ def test_more_workers_are_faster_and_less_efficient_and_a_slow_loader_is_named()
     slow = scale(ONE_EPOCH, replace(NODE, decoded_per_second=50), 4, 64)
     assert slow.bound == "loader"
     assert slow.efficiency < 0.51
+
+
+SCALE = Path(__file__).parents[1] / "docs" / "scale.md"
+_TABLE = re.compile(r"^python -m pipeline\.plan (?P<arguments>.+)\n```\n(?:(?!```|\|).*\n)*(?P<rows>(?:\|.*\n)+)", re.M)
+
+
+def test_the_tables_of_the_guide_are_what_their_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
+    text = SCALE.read_text(encoding="utf-8")
+    tables = list(_TABLE.finditer(text))
+    assert len(tables) == text.count("| workers |") == 3
+    for shown in tables:
+        assert main(shlex.split(shown["arguments"])) == 0
+        assert capsys.readouterr().out == shown["rows"], shown["arguments"]
 
 
 def test_the_command_prints_a_row_for_every_number_of_workers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def estimate(
 
 def table(estimates: Sequence[Estimate], speed: float | None) -> list[str]:
     """Aligned lines for people, with a total; hours of one worker where its speed is known."""
-    heads: tuple[str, ...] = ("estimate", "TFLOP", "checkpoints", "data", "GPU-hours" if speed else "")
+    heads: tuple[str, ...] = ("estimate", "TFLOP", "checkpoints", "data", "hours" if speed else "")
     rows: list[tuple[str, ...]] = [heads]
     for e in estimates:
         if e.flops is None and e.data_bytes is None:
