@@ -216,18 +216,17 @@ class Registry:
     def _download(self, activation: Activation, scratch: Path) -> Path:
         from mlflow.artifacts import download_artifacts
 
-        model = self.client.get_logged_model(self.model_id(activation))
-        for entry in self.client.list_logged_model_artifacts(model.model_id):
-            if entry.is_dir or Path(entry.path).name != entry.path:
-                raise ValueError(
-                    f"expected plain file names in {activation.reference}, got {entry.path!r}; do not use this version"
-                )
-        (scratch / "files").mkdir()
-        return Path(
-            download_artifacts(
-                artifact_uri=model.artifact_location, dst_path=str(scratch / "files"), tracking_uri=self.uri
-            )
-        )
+        model, directory = self.client.get_logged_model(self.model_id(activation)), scratch / "files"
+        directory.mkdir()
+        with _fetching(activation.reference):
+            for entry in self.client.list_logged_model_artifacts(model.model_id):
+                if entry.is_dir or Path(entry.path).name != entry.path:
+                    raise ValueError(
+                        f"expected plain file names in {activation.reference}, got {entry.path!r}; "
+                        "do not use this version"
+                    )
+            place = model.artifact_location
+            return Path(download_artifacts(artifact_uri=place, dst_path=str(directory), tracking_uri=self.uri))
 
     def _log_model(self, directory: Path, files: dict[str, str], digest: str, run_id: str | None) -> str:
         from mlflow.entities import LoggedModelOutput
@@ -333,6 +332,18 @@ class Registry:
         self.client  # noqa: B018  connects, and migrates, before the lock is taken
         with FileLock(f"{path}.registry.lock") if path else nullcontext():
             yield
+
+
+@contextmanager
+def _fetching(reference: str) -> Iterator[None]:
+    """The store of files answers by a library of its own: with an error of that one it is as good as away."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError | ValueError) or hasattr(error, "error_code"):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConnectionError(f"the files of {reference} cannot be fetched: {redact(reason)[:300]}") from error
 
 
 def _contended(call: Callable[[], R]) -> R:

@@ -183,6 +183,25 @@ def test_files_that_were_deleted_in_mlflow_are_one_readable_line(registry: Regis
     assert [path.name for path in tmp_path.iterdir()] == ["chain"]
 
 
+@pytest.mark.parametrize(
+    "call", ["mlflow.MlflowClient.list_logged_model_artifacts", "mlflow.artifacts.download_artifacts"]
+)
+def test_a_store_of_files_that_is_closed_is_taken_for_one_that_is_away(
+    registry: Registry, bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+):
+    class NoCredentialsError(Exception):
+        """As boto's: none of MLflow's own, and no OSError."""
+
+    def closed(*arguments: object, **options: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    registry.register(bank)
+    monkeypatch.setattr(call, closed)
+    with pytest.raises(ConnectionError, match="sparta-activation/1 cannot be fetched: Unable to locate credentials"):
+        registry.pull("sparta-activation/1", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
 def test_what_one_may_not_read_is_refused_by_a_value_error(
     registry: Registry, bank: Path, monkeypatch: pytest.MonkeyPatch
 ):
