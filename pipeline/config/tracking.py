@@ -36,7 +36,7 @@ class TrackingConfig(Section):
 
     A first use makes the database, half a minute on a slow machine; a server that refuses is not waited for."""
     request_timeout: int = Field(default=5, ge=1, le=600)
-    """Seconds one HTTP request may take; there is one retry, because the journal replays what was missed."""
+    """Seconds one HTTP request may take; it is not repeated at once, because the journal replays what was missed."""
 
     @field_validator("uri")
     @classmethod

@@ -6,6 +6,8 @@ its key; what was sent is noted after each step.
 
 import json
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 
-from pipeline.config.tracking import TrackingConfig
+from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.client import ANSWERS, experiment_id, open_client, reaching
 from pipeline.tracking.journal import read_journal
 from pipeline.tracking.lineage import ACTIVATION_TAG, DATA_TAG, DIGEST_PREFIX, UPSTREAM_TAG
@@ -33,6 +35,7 @@ _ENTRIES_PER_CALL = 100  # of params and of tags
 _PARAM_CHARS = 6000
 _TAG_CHARS = 8000
 _DATASET_DIGEST_CHARS = 36
+_PATIENCE_SECONDS = 60.0  # within which a server that was too slow to answer makes the run it was asked for
 _METRIC_CHARS = frozenset("_-. :/")
 
 T = TypeVar("T")
@@ -48,6 +51,7 @@ class Delivery:
         self.registry = Registry(config, spool.root)
         self.client: MlflowClient | None = None
         self._experiment = ""
+        self._asked: dict[str, float] = {}  # key of a run that a server may still be making -> when
 
     def run(self) -> list[str]:
         """Deliver what is pending; return what the server refused, one line each.
@@ -140,8 +144,17 @@ class Delivery:
         found = self._mlflow.search_runs([self._experiment], f"tags.`{KEY_TAG}` = '{record.key}'", max_results=1)
         if found:  # created before a crash that kept it from being noted
             return done.model_copy(update={"run_id": found[0].info.run_id})
+        if time.monotonic() < self._asked.get(record.key, -math.inf) + _PATIENCE_SECONDS:
+            raise ConnectionError(
+                f"MLflow at {redact(self.uri)} was asked for the run {record.name} and has not made it yet"
+            )
         tags = {KEY_TAG: record.key}
-        run = self._mlflow.create_run(self._experiment, start_time=record.started, tags=tags, run_name=record.name)
+        try:
+            run = self._mlflow.create_run(self._experiment, start_time=record.started, tags=tags, run_name=record.name)
+        except Exception as error:
+            if self.uri.startswith("http") and getattr(error, "error_code", None) not in ANSWERS:
+                self._asked[record.key] = time.monotonic()
+            raise
         return done.model_copy(update={"run_id": run.info.run_id})
 
     def _params_and_tags(self, record: RunRecord, done: Delivered) -> Delivered:

@@ -1,5 +1,6 @@
 """Outages and kills, with real processes and a real server: nothing is lost, nothing doubled, nothing raised."""
 
+import json
 import os
 import signal
 import socket
@@ -10,7 +11,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -283,6 +285,56 @@ def test_a_server_that_goes_during_an_upload_is_away_not_against_it(
         monkeypatch.setattr(MlflowClient, name, gone)
     with pytest.raises(ConnectionError, match="cannot be reached"):
         Delivery(config, Spool(root)).run()
+
+
+def test_a_server_that_answers_too_late_makes_one_run(
+    tmp_path: Path, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+):
+    asked, answered, made = [], threading.Event(), []
+    run = {"info": {"run_id": "r", "run_name": "demo"}}
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path.endswith("runs/create"):
+                asked.append(self.path)
+                answered.wait(30)
+                made.append(run)
+            self.answer({"runs": made, "run": run, "run_info": run["info"]})
+
+        def do_GET(self) -> None:
+            self.answer({"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}})
+
+        def answer(self, body: dict[str, object]) -> None:
+            with suppress(BrokenPipeError):  # the client did not wait
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with Tracker(config.model_copy(update={"enabled": False}), tmp_path).chain("demo") as chain:
+        chain.tag({"a": "b"})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow:
+        threading.Thread(target=slow.serve_forever, daemon=True).start()
+        remote = config.model_copy(update={"uri": f"http://127.0.0.1:{slow.server_port}"})
+        delivery = Delivery(remote, Spool(tmp_path))
+        with pytest.raises(ConnectionError, match="timed out"):
+            delivery.run()
+        with pytest.raises(ConnectionError, match="was asked for the run demo and has not made it yet"):
+            delivery.run()
+        answered.set()
+        deadline = time.monotonic() + 30
+        while not made:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert delivery.run() == []
+        slow.shutdown()
+    assert len(asked) == 1
+    assert delivery.spool.pending(delivery.uri) == []
 
 
 def test_an_error_that_nobody_expected_is_one_line_of_sync(
