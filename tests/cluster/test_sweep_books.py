@@ -8,9 +8,9 @@ from sweep_records import LR, make_board, make_trial
 
 from pipeline.artifacts import fingerprint, write_atomic
 from pipeline.cluster.outcome import Outcome, failed
-from pipeline.cluster.sweep import Trial, load_trials, pareto_front
+from pipeline.cluster.sweep import SearchFailed, Trial, load_trials, pareto_front
 from pipeline.cluster.sweep.adopt import CHECKPOINTS
-from pipeline.cluster.sweep.search import _identify, _known_trials
+from pipeline.cluster.sweep.search import _identify, _known_trials, _result
 from pipeline.cluster.sweep.trials import Leg, Point, save_trial
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, overlay
@@ -58,7 +58,55 @@ def test_the_board_records_why_a_trial_failed_and_goes_on(tmp_path: Path):
         "the process died",
         "ended without a single epoch",
     ]
+    assert [trial.retry for trial in records] == [False, True, True]
     assert heard[-1] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "retry"), [("WorkerGroupError: node lost", True), ("OutOfMemoryError: CUDA out of memory", False)]
+)
+def test_workers_that_are_lost_are_a_fault_from_outside_and_what_they_raise_is_not(error, retry, tmp_path: Path):
+    board = make_board(tmp_path)
+    trial = board.next()
+    Outcome(run="run", state="failed", error=error).save(tmp_path / trial.job_directory)
+    board.ended(trial.number)
+    (record,) = load_trials(tmp_path)
+    assert (record.state, record.error, record.retry) == ("failed", error, retry)
+
+
+def test_what_failed_from_outside_goes_on_in_the_next_run_and_what_failed_by_itself_does_not(tmp_path: Path):
+    """As on a full disk: every trial uses up its attempts within seconds."""
+    identify = _identify(BASE)
+    board = make_board(tmp_path, identify=identify)
+    trials = [board.next() for _ in range(3)]
+    for trial in trials:
+        board.started(trial.number, trial.values)
+        board.reported(trial.number, Point(epoch=1, robust=0.2, clean=0.4))
+    failed("run", ArithmeticError("diverged")).save(tmp_path / trials[0].job_directory)
+    for trial in trials[:2]:
+        board.ended(trial.number, error="OSError: [Errno 28] No space left on device")
+    known = _known_trials(tmp_path, BASE)
+    assert [(trial.state, trial.error) for trial in known] == [
+        ("failed", "ArithmeticError: diverged"),
+        ("running", ""),
+        ("running", ""),
+    ]
+    again = make_board(tmp_path, known, identify=identify)
+    assert [again.next().number for _ in range(again.num_left)] == [1, 2]
+    Outcome(run="run", state="done").save(tmp_path / trials[1].job_directory)
+    again.ended(1)
+    assert [trial.state for trial in _known_trials(tmp_path, BASE)] == ["failed", "done", "running"]
+
+
+def test_a_search_that_lost_most_of_its_trials_to_a_fault_from_outside_is_not_done(tmp_path: Path, caplog):
+    full = {"state": "failed", "error": "OSError: no space", "retry": True}
+    trials = [make_trial(n) for n in range(2)] + [make_trial(n).model_copy(update=full) for n in (2, 3, 4)]
+    with pytest.raises(
+        SearchFailed, match=r"3 of 5 trials failed .* outside: OSError: no space; mend it, and the same"
+    ):
+        _result(BASE, trials, tmp_path)
+    assert _result(BASE, trials[:4], tmp_path).best == trials[0]
+    assert "2 of 4 trials failed by a fault from outside: OSError: no space; the others decide" in caplog.text
 
 
 def test_trials_of_other_settings_are_not_taken_for_known_ones(tmp_path: Path):

@@ -50,4 +50,4 @@ def test_a_trial_whose_process_dies_before_it_started_is_recorded_as_failed(tmp_
     dead = SimpleNamespace(trial_id="a1b2", config={"trial": {"number": number}}, get_error=lambda: None)
     _callback(board).on_trial_error(0, [], dead)
     (record,) = load_trials(tmp_path)
-    assert (record.state, record.error) == ("failed", "the trial's process died")
+    assert (record.state, record.error, record.retry) == ("failed", "the trial's process died", True)

@@ -16,6 +16,9 @@ from pipeline.config.search import Objective
 OnTrial = Callable[[Trial], None]
 """Called in the driver at the start of a trial, after each of its epochs, and at its end."""
 
+_LOST_WORKERS = ("WorkerGroupError:", "ControllerError:")
+"""How the outcome begins that a trial of several workers is given when they are lost for good."""
+
 
 class Board:
     """All trials of a sweep in `root`. Its methods are called by one thread, the one that runs the sweep."""
@@ -97,7 +100,9 @@ class Board:
             trial = trial.with_missing(_unheard(outcome.result, after=inherited(job)))
         elif state == "failed" and not error:
             error = "ended without a single epoch"
-        trial = trial.lasting(self._elapsed(number)).model_copy(update={"state": state, "error": error})
+        # What a training fails of by itself, it leaves as its outcome.
+        retry = state == "failed" and (outcome is None or outcome.error.startswith(_LOST_WORKERS))
+        trial = trial.lasting(self._elapsed(number)).model_copy(update={"state": state, "error": error, "retry": retry})
         self._keep(trial)
         self._sampler.tell(trial)
 

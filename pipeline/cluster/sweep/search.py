@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class SearchFailed(Exception):  # noqa: N818 - reads as the sentence it is
-    """No trial of a sweep came to a result."""
+    """No trial of a sweep came to a result, or too many were kept from one."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def search(
 
     Every trial is one training with its values laid over `base`, judged by its accuracies on the validation split under
     one fixed threat. Trials of an earlier call with the same settings are kept: finished ones are not run again, others
-    go on from their last epoch. `on_trial` hears of every change of a trial; `train` is pipeline.training.train unless
-    given.
+    go on from their last epoch, as do those that failed by a fault from outside. `on_trial` hears of every change of a
+    trial; `train` is pipeline.training.train unless given.
 
     Raises ConfigError for a space that does not fit, ClusterTooSmall when not even one trial fits into the cluster,
-    SearchFailed when every trial failed.
+    SearchFailed when every trial failed, or most of them by a fault from outside.
     """
     space = checked_space(base)
     scaling = _trial_scaling(base)
@@ -129,7 +129,7 @@ def _known_trials(output: Path, base: ChainConfig) -> list[Trial]:
     identify = _identify(base)
     same = [trial for trial in load_trials(output) if _same(trial, identify)]
     first = {"objective": base.search.objectives[0]}  # which older records do not have
-    known = [without_lost_legs(trial, output).model_copy(update=first) for trial in same]
+    known = [without_lost_legs(trial.again(), output).model_copy(update=first) for trial in same]
     if known:
         finished = sum(trial.finished for trial in known)
         _log.info("search: %d trials are finished, %d go on where they were", finished, len(known) - finished)
@@ -145,11 +145,20 @@ def _same(trial: Trial, identify: Callable[[dict[str, Any]], str]) -> bool:
 
 
 def _result(base: ChainConfig, trials: Sequence[Trial], output: Path) -> SearchResult:
+    lost = [trial for trial in trials if trial.retry]
+    if lost:
+        what = f"{len(lost)} of {len(trials)} trials failed by a fault from outside: {_errors(lost)}"
+        if 2 * len(lost) > len(trials):  # the best of the others would be no choice
+            raise SearchFailed(f"{what}; mend it, and the same command goes on with them")
+        _log.warning("search: %s; the others decide", what)
     front = pareto_front(trials, base.search.objectives)
     if not front:
-        errors = "; ".join(dict.fromkeys(trial.error for trial in trials if trial.error))
-        raise SearchFailed(f"none of {len(trials)} trials came to a result: {errors or 'no error was recorded'}")
+        raise SearchFailed(f"none of {len(trials)} trials came to a result: {_errors(trials)}")
     best = front[0]
     overrides = judged(base, best.values)
     files = write_results(output, base, trials, front, overrides)
     return SearchResult(overrides, best, list(trials), front, files)
+
+
+def _errors(trials: Sequence[Trial]) -> str:
+    return "; ".join(dict.fromkeys(trial.error for trial in trials if trial.error)) or "no error was recorded"

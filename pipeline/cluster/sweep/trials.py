@@ -52,6 +52,8 @@ class Trial(BaseModel):
     seconds: float = 0.0
     """Wall time over all runs of it."""
     error: str = ""
+    retry: bool = False
+    """Whether a fault from outside, such as a full disk, made it fail: the next run of the sweep goes on with it."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -92,6 +94,10 @@ class Trial(BaseModel):
         """Its best epoch's value of every objective."""
         assert self.best is not None, "only trials with a history have a score"
         return [float(getattr(self.best, name)) for name in objectives]
+
+    def again(self) -> "Trial":
+        """The trial as the next run of the sweep takes it up: under way, where it failed by no fault of its own."""
+        return self.model_copy(update={"state": "running", "error": "", "retry": False}) if self.retry else self
 
     def with_values(self, values: dict[str, Any]) -> "Trial":
         """The same trial going on with these values, from its last epoch where they are others."""
