@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.tracking import TrackingConfig, redact
+from pipeline.tracking.client import first_line
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.spool import Spool
 
@@ -31,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except Exception as error:  # of MLflow, a driver of its database or its store of files
-        reason = next(iter(str(error).splitlines()), "")
-        print(f"error: {type(error).__name__}: {redact(reason)}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return 1
 
 

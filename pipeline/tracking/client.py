@@ -69,8 +69,23 @@ def reaching(uri: str) -> Iterator[None]:
         code = getattr(error, "error_code", None)
         if code in ANSWERS or not (code or isinstance(error, OSError) or _is_database_error(error)):
             raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConnectionError(f"MLflow at {redact(uri)} cannot be reached: {redact(reason)[:300]}") from error
+        raise ConnectionError(f"MLflow at {redact(uri)} cannot be reached: {first_line(error)}") from error
+
+
+@contextmanager
+def fetching(what: str) -> Iterator[None]:
+    """The store of files answers by a library of its own: with an error of that one it is as good as away."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError | ValueError) or hasattr(error, "error_code"):
+            raise
+        raise ConnectionError(f"{what} cannot be fetched: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the pages and the credentials that may come with it."""
+    return redact(next(iter(str(error).splitlines()), type(error).__name__))[:300]
 
 
 def _is_database_error(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from filelock import FileLock
 
 from pipeline.config.tracking import TrackingConfig, redact
-from pipeline.tracking.client import ANSWERS, experiment_id, open_client, reaching
+from pipeline.tracking.client import ANSWERS, experiment_id, first_line, open_client, reaching
 from pipeline.tracking.journal import read_journal
 from pipeline.tracking.lineage import ACTIVATION_TAG, DATA_TAG, DIGEST_PREFIX, UPSTREAM_TAG
 from pipeline.tracking.registry import Registry
@@ -131,7 +131,7 @@ class Delivery:
         except Exception as error:
             self._mlflow.get_run(_id(done))  # it raises where the reason is a server that is away, or a lost run
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            refused.append(f"{what}: {kind}{next(iter(str(error).splitlines()), '')[:300]}")
+            refused.append(f"{what}: {kind}{first_line(error)}")
 
     @property
     def _mlflow(self) -> "MlflowClient":

@@ -4,6 +4,7 @@ import logging
 import threading
 
 from pipeline.config.tracking import redact
+from pipeline.tracking.client import first_line
 from pipeline.tracking.delivery import Delivery
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Flusher:
             refused = self._delivery.run()
         except Exception as error:
             known = isinstance(error, ConnectionError)
-            reason = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
+            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
             self._report(f"{reason}; runs and metrics are kept locally")
             _log.debug("delivery failed", exc_info=True)
             return False
@@ -84,7 +85,3 @@ class Flusher:
         if message not in self._reported:
             self._reported.add(message)
             _log.warning("%s", redact(message))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]

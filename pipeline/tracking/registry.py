@@ -19,7 +19,16 @@ from filelock import FileLock
 
 from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking import bank_files
-from pipeline.tracking.client import ANSWERS, default_store, experiment_id, open_client, reaching, sqlite_path
+from pipeline.tracking.client import (
+    ANSWERS,
+    default_store,
+    experiment_id,
+    fetching,
+    first_line,
+    open_client,
+    reaching,
+    sqlite_path,
+)
 from pipeline.tracking.lineage import DIGEST_TAG, Activation, describe_lineage
 
 if TYPE_CHECKING:
@@ -49,8 +58,7 @@ def _reaching(method: Callable[Concatenate["Registry", P], R]) -> Callable[Conca
         except Exception as error:
             if getattr(error, "error_code", None) not in ANSWERS:
                 raise
-            reason = next(iter(str(error).splitlines()), "")
-            raise ValueError(f"MLflow at {redact(self.uri)} refuses: {redact(reason)[:300]}") from error
+            raise ValueError(f"MLflow at {redact(self.uri)} refuses: {first_line(error)}") from error
 
     return guarded
 
@@ -218,7 +226,7 @@ class Registry:
 
         model, directory = self.client.get_logged_model(self.model_id(activation)), scratch / "files"
         directory.mkdir()
-        with _fetching(activation.reference):
+        with fetching(f"the files of {activation.reference}"):
             for entry in self.client.list_logged_model_artifacts(model.model_id):
                 if entry.is_dir or Path(entry.path).name != entry.path:
                     raise ValueError(
@@ -332,18 +340,6 @@ class Registry:
         self.client  # noqa: B018  connects, and migrates, before the lock is taken
         with FileLock(f"{path}.registry.lock") if path else nullcontext():
             yield
-
-
-@contextmanager
-def _fetching(reference: str) -> Iterator[None]:
-    """The store of files answers by a library of its own: with an error of that one it is as good as away."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError | ValueError) or hasattr(error, "error_code"):
-            raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConnectionError(f"the files of {reference} cannot be fetched: {redact(reason)[:300]}") from error
 
 
 def _contended(call: Callable[[], R]) -> R:
