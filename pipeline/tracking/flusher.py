@@ -76,7 +76,7 @@ class Flusher:
             return False
         for line in refused:
             self._report(f"MLflow refused {line}")
-        if self._failures:
+        if self._failures and not refused:
             _log.warning("MLflow is back; what was kept locally was delivered")
             self._reported.clear()
         return not refused

@@ -24,6 +24,7 @@ from pipeline.tracking import Journal, Registry, Tracker, bank_digest
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.client import open_client
 from pipeline.tracking.delivery import Delivery
+from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.spool import Spool
 from tests.tracking.conftest import write_bank
 
@@ -270,6 +271,21 @@ def test_a_store_of_files_that_is_closed_holds_up_nothing_and_loses_nothing(
     assert {file.path for file in client.list_artifacts(run_id)} == {"page.html", "table.csv"}
     assert registry.pull("sparta-activation@candidate", root / "pulled").run_id == run_id
     assert tracker.pending() == 0
+
+
+def test_what_is_refused_again_and_again_is_said_once(
+    root: Path, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    refused = ["freeze: page.html: no credentials"]
+    delivery = Delivery(config, Spool(root))
+    monkeypatch.setattr(delivery, "run", lambda: refused)
+    flusher = Flusher(delivery, 0.01)
+    assert [flusher.flush(30) for _ in range(3)] == [False] * 3
+    assert [record.getMessage() for record in caplog.records] == [f"MLflow refused {refused[0]}"]
+    refused.clear()
+    assert flusher.flush(30)
+    assert "what was kept locally was delivered" in caplog.text
+    flusher.stop(0)
 
 
 def test_a_server_that_goes_during_an_upload_is_away_not_against_it(
