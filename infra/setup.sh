@@ -15,14 +15,13 @@ die() { printf '[setup] ERROR: %s\n' "$*" >&2; exit 1; }
 
 case "$profile" in run | dev) ;; *) die "expected the profile run or dev, got '$profile'" ;; esac
 
+# The stamp says what was set up and, where a part could not be had, which packages there were then and whether more could
+# be installed. When that has changed the part is tried again: at every `make`, FFCV would be built for minutes in vain.
 wanted="$(sha256sum pyproject.toml infra/constraints.txt infra/setup.sh | sha256sum | cut -d' ' -f1)"
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+stamped=()
+if [ -f "$stamp" ]; then read -r -a stamped <"$stamp"; fi
+if [ "${stamped[*]:-}" = "$wanted" ]; then exit 0; fi
 
-mkdir -p "$venv"
-exec 9>"$PWD/.venv/.setup-lock"
-if command -v flock >/dev/null; then flock 9; fi # two setups at once: the second waits
-
-# --- system packages ---------------------------------------------------------------------------------------------
 as_root=()
 can_install=true
 if [ "$(id -u)" != 0 ]; then
@@ -30,6 +29,26 @@ if [ "$(id -u)" != 0 ]; then
 fi
 command -v apt-get >/dev/null || can_install=false
 
+there() { # digest of what is installed of all that the parts need which may be missing
+  {
+    command -v g++ pkg-config || true
+    env -u PKG_CONFIG_PATH pkg-config --modversion opencv4 libturbojpeg || true
+    dpkg-query -W -f='${Package} ${Status}\n' g++ pkg-config libopencv-dev libopencv-core-dev libopencv-imgproc-dev \
+      libturbojpeg0-dev libgl1 libglib2.0-0 chromium fonts-dejavu-core postgresql || true
+  } 2>/dev/null | sha256sum | cut -d' ' -f1
+}
+
+packages_done=false
+if [ "${stamped[0]:-}" = "$wanted" ]; then
+  packages_done=true
+  if [ "${stamped[1]}" = "$(there)" ] && { [ "${stamped[2]}" = true ] || ! $can_install; }; then exit 0; fi
+fi
+
+mkdir -p "$venv"
+exec 9>"$PWD/.venv/.setup-lock"
+if command -v flock >/dev/null; then flock 9; fi # two setups at once: the second waits
+
+# --- system packages ---------------------------------------------------------------------------------------------
 apt_updated=false
 apt_install() { # apt_install PACKAGE...: install what is missing; returns 1 where that is impossible
   local missing=() package
@@ -64,14 +83,20 @@ python="$(find_python)" || { apt_install python3.11 python3.11-venv && python="$
 if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
   say "creating .venv with $("$python" --version)"
   "$python" -m venv "$venv"
+  packages_done=false
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 pip() { "$venv/bin/python" -m pip "$@"; }
 
-say "installing Python packages ($profile); the first time takes minutes and about 7 GB"
-if [ "$profile" = dev ]; then extras="[dev]"; else extras=""; fi
-pip install --quiet --upgrade pip "setuptools>=77"
-PYTHONWARNINGS=ignore pip install --quiet -c infra/constraints.txt --no-build-isolation --editable ".$extras"
+if ! $packages_done; then
+  say "installing Python packages ($profile); the first time takes minutes and about 7 GB"
+  if [ "$profile" = dev ]; then extras="[dev]"; else extras=""; fi
+  pip install --quiet --upgrade pip "setuptools>=77"
+  PYTHONWARNINGS=ignore pip install --quiet -c infra/constraints.txt --no-build-isolation --editable ".$extras"
+  # Its metadata pins an old `requests`; the code runs with the current one.
+  if [ "$profile" = dev ]; then pip install --quiet --no-deps torchattacks==3.5.1; fi
+fi
+missing=() # parts that are done without
 
 # --- FFCV --------------------------------------------------------------------------------------------------------
 # Its build asks pkg-config for the whole of OpenCV but uses core and imgproc only: two development packages (49 MB
@@ -96,17 +121,29 @@ build_ffcv() { pip install --quiet -c infra/constraints.txt ffcv==1.0.2 >"$venv/
 
 if ! have_ffcv; then
   say "building FFCV"
-  { light_opencv && build_ffcv; } || { full_opencv && build_ffcv; } || build_ffcv ||
+  if ! { light_opencv && build_ffcv; } && ! { full_opencv && build_ffcv; } && ! build_ffcv; then
     warn "FFCV could not be built (details: .venv/ffcv-build.log); the in-memory loader takes its place. Needs, as root: apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev"
+    missing+=(FFCV)
+  fi
 fi
 
 # --- tools of the tests ------------------------------------------------------------------------------------------
 if [ "$profile" = dev ]; then
-  # Its metadata pins an old `requests`; the code runs with the current one.
-  pip install --quiet --no-deps torchattacks==3.5.1
-  apt_install chromium fonts-dejavu-core || warn "no Chromium: the tests that open the report in a browser are skipped"
-  apt_install postgresql || warn "no PostgreSQL: the tests of MLflow on a database server are skipped"
+  if ! apt_install chromium fonts-dejavu-core; then
+    warn "no Chromium: the tests that open the report in a browser are skipped"
+    missing+=(Chromium)
+  fi
+  if ! apt_install postgresql; then
+    warn "no PostgreSQL: the tests of MLflow on a database server are skipped"
+    missing+=(PostgreSQL)
+  fi
 fi
 
-echo "$wanted" >"$stamp.new" && mv "$stamp.new" "$stamp"
-say "ready ($profile)"
+if [ ${#missing[@]} = 0 ]; then
+  echo "$wanted" >"$stamp.new"
+  say "ready ($profile)"
+else
+  echo "$wanted $(there) $can_install" >"$stamp.new"
+  say "ready ($profile), but for ${missing[*]}: tried again once what it needs is installed or this is run as root; or now, after rm ${stamp#"$PWD/"}"
+fi
+mv "$stamp.new" "$stamp"

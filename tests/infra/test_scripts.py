@@ -1,6 +1,7 @@
 """Shell scripts without a finding of shellcheck; what a job takes along; a chain in a Slurm allocation."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,87 @@ def test_package_of_a_job_holds_all_of_the_code_and_nothing_that_changes(name: s
 
 def test_both_lists_of_what_stays_here_agree() -> None:
     assert PATTERNS[".rayignore"] == PATTERNS["runtime_env.yaml"]
+
+
+class Checkout:
+    """A checkout with `infra/setup.sh` on a machine that is made up: a user, and the packages that are installed."""
+
+    # Who may install does; FFCV builds where OpenCV is.
+    TOOLS: ClassVar = {
+        "bin/id": 'cat "$MACHINE/user"',
+        "bin/sudo": "exit 1",
+        "bin/apt-get": '[ "$1" = update ] || { for p; do echo "$p"; done | grep -v "^-" >>"$MACHINE/packages"; }',
+        "bin/dpkg-query": 'for p; do :; done; grep -qx -- "$p" "$MACHINE/packages" && echo "$p install ok installed"',
+        "bin/pkg-config": "exit 1",
+        ".venv/bin/python": """
+            case "$*" in
+              *"import ffcv"*) [ -f "$MACHINE/ffcv" ] ;;
+              *ffcv==*) echo "build ffcv" >>"$MACHINE/calls"
+                        grep -q opencv "$MACHINE/packages" && touch "$MACHINE/ffcv" ;;
+              *"-m pip"*) echo "$*" >>"$MACHINE/calls" ;;
+            esac""",
+    }
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for name in ("infra/setup.sh", "infra/constraints.txt", "pyproject.toml"):
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, directory / name)
+        for name, text in self.TOOLS.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"#!/bin/sh\n{text}\n")
+            path.chmod(0o755)
+        self.set(user="1000", packages="")
+
+    def set(self, **files: str) -> None:
+        for name, text in files.items():
+            (self.directory / name).write_text(text)
+
+    def run(self) -> tuple[str, list[str]]:
+        """What the last line says, and what was done with pip."""
+        self.set(calls="")
+        environment = {
+            "PATH": os.pathsep.join([str(self.directory / "bin"), os.environ["PATH"]]),
+            "MACHINE": str(self.directory),
+            "PYTHON": str(self.directory / ".venv" / "bin" / "python"),
+        }
+        ended = subprocess.run(
+            [self.directory / "infra" / "setup.sh", "dev"],
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.strip().rpartition("\n")[2], (self.directory / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("remedy", ["packages", "root"])
+def test_what_setup_could_not_install_is_tried_again_when_that_can_be_better_and_only_then(
+    remedy: str, tmp_path: Path
+) -> None:
+    checkout = Checkout(tmp_path)
+    said, calls = checkout.run()
+    assert "ready (dev), but for FFCV Chromium PostgreSQL: tried again once" in said
+    assert any("--editable" in call for call in calls)
+    assert checkout.run() == ("", [])
+    if remedy == "packages":
+        names = "g++ pkg-config libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev libgl1 libglib2.0-0"
+        checkout.set(packages=f"{names} chromium fonts-dejavu-core postgresql".replace(" ", "\n"))
+    else:
+        checkout.set(user="0")
+    assert checkout.run() == ("[setup] ready (dev)", ["build ffcv"])
+    assert checkout.run() == ("", [])
+
+
+def test_setup_tries_what_is_missing_no_more_when_it_still_is(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path)
+    checkout.run()
+    checkout.set(packages="postgresql\n")
+    said, calls = checkout.run()
+    assert "but for FFCV Chromium:" in said
+    assert set(calls) == {"build ffcv"}
+    assert checkout.run() == ("", [])
+    (tmp_path / ".venv" / ".ready-dev").unlink()
+    assert any("--editable" in call for call in checkout.run()[1])
 
 
 class Slurm:
