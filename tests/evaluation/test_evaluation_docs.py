@@ -1,28 +1,41 @@
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.evaluation import SUITES, CurveConfig, EvaluationConfig, ThreatModel
-from pipeline.evaluation import CHECKS, Accuracy, Evaluation, audit
+from pipeline.evaluation import CHECKS, Accuracy, Evaluation
+from pipeline.evaluation.audit.verdict import BEATEN_FAIL, BEATEN_WARN, judged_share
 from pipeline.evaluation.records import AttackResult, ClassResult, CurvePoint
 from pipeline.evaluation.text import describe
 
+BEATEN = [4, 5, 6, 10, 11, 15]
+"""Numbers of the checks whose attack must not beat the white-box attack."""
 GUIDE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
-def test_the_guide_names_every_check_with_its_thresholds(gated, robust, digits):
-    report = audit(
-        gated, digits.test_x[:16], digits.test_y[:16], ThreatModel(eps=0.1), "quick", seed=0, reference=robust
-    )
+def test_the_guide_names_every_check_with_its_thresholds():
     text = GUIDE.read_text()
     rows = {row.split("|")[2].strip(): row for row in text.splitlines() if row.startswith("| ") and row.count("|") == 6}
-    for check in report.checks:
-        row = rows[check.name]
-        assert row.split("|")[1].strip() == str(check.number)
-        if check.verdict != "skip":
-            limits = [float(cell) for cell in row.split("|")[4:6]]
-            assert limits == [check.warn_above, check.fail_above], check.name
+    for number, check in enumerate(CHECKS, start=1):
+        module = sys.modules[check.__module__]
+        cells = rows[check.__module__.rpartition(".")[2]].split("|")
+        assert cells[1].strip() == str(number)
+        limits = getattr(module, "WARN", BEATEN_WARN), getattr(module, "FAIL", BEATEN_FAIL)
+        assert tuple(float(cell) for cell in cells[4:6]) == limits, check.__module__
+
+
+def test_a_check_without_thresholds_of_its_own_asks_that_nothing_beats_the_white_box_attack():
+    own = {check.__module__ for check in CHECKS if hasattr(sys.modules[check.__module__], "WARN")}
+    assert [number for number, check in enumerate(CHECKS, start=1) if check.__module__ not in own] == BEATEN
+
+
+@pytest.mark.parametrize(("count", "n", "verdict"), [(4, 128, "warn"), (40, 1280, "fail")])
+def test_the_guides_example_of_a_share_is_true(count, n, verdict):
+    check = judged_share(4, "black_box", count, n, warn=BEATEN_WARN, fail=BEATEN_FAIL, summary="")
+    assert check.verdict == verdict
+    assert f"({check.figure:.3f})" in GUIDE.read_text()
 
 
 @pytest.mark.parametrize("suite", sorted(SUITES))

@@ -78,8 +78,9 @@ def test_a_sweep_is_shown_with_its_means(results: ModuleType, tmp_path: Path) ->
 
 
 def test_the_committed_sweep_is_as_it_was_written(results: ModuleType) -> None:
-    if (record := load_record(results.SWEEP)) is not None:
-        assert damaged_output(results.SWEEP, record) is None
+    record = load_record(results.SWEEP)
+    assert record is not None
+    assert damaged_output(results.SWEEP, record) is None
 
 
 def test_accuracies_are_those_of_the_images(results: ModuleType) -> None:
