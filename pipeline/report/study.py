@@ -89,7 +89,7 @@ class Entry(Section):
     audit: str
     """"passed", "off", or the names of the checks that failed."""
     audited: str
-    """Effort of the audit, e.g. "quick, 64 images"; empty without one."""
+    """Effort of the audit, e.g. "quick, 64 images: 10 pass, 1 warn, 0 fail, 5 skip"; empty without one."""
     trained: str
     """Fingerprint of the training."""
     evaluated: str

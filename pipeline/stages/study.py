@@ -7,6 +7,7 @@ there from scratch ("learned") and left as it starts ("untrained"), and the cont
 second time as final-BRANCH.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.study import Contender, FinalConfig, RegimeConfig, StudyConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
-from pipeline.evaluation.records import Evaluation
+from pipeline.evaluation.records import AuditReport, Evaluation
 from pipeline.report.study import FINALISTS, Entry, Role, Study
 from pipeline.report.study_page import PAGE, write_study
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
@@ -227,7 +228,7 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         judged_under=evaluation.config.threat.label,
         attacks={attack.name: attack.accuracy.value for attack in evaluation.attacks},
         audit="off" if audit is None else ", ".join(audit.failed) or "passed",
-        audited="" if audit is None else f"{audit.budget}, {audit.n} images",
+        audited="" if audit is None else audited(audit),
         trained=trained.record.fingerprint,
         evaluated=evaluated.record.fingerprint,
         weights_sha256=record.weights_sha256,
@@ -235,6 +236,13 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         correct_clean=arrays["correct/clean"].astype(bool),
         correct_robust=arrays["correct/union"].astype(bool),
     )
+
+
+def audited(audit: AuditReport) -> str:
+    """Effort and verdicts: a check that does not apply, as those of a gate to ReLU, is no check that passed."""
+    verdicts = Counter(check.verdict for check in audit.checks)
+    counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("pass", "warn", "fail", "skip"))
+    return f"{audit.budget}, {audit.n} images: {counts}"
 
 
 def _trained_by(training: TrainingConfig) -> str:

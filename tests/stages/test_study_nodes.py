@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from pipeline.config.load import ConfigError, load_config
+from pipeline.evaluation.records import AuditReport, Check, Verdict
 from pipeline.stages.graph import STAGES, head, tail
 from pipeline.stages.node import Node
+from pipeline.stages.study import audited
 from pipeline.stages.train import TrainTask
 
 OWN_DATA = ("data={dataset: digits}", "transfer.2.data={dataset: digits}")
@@ -149,3 +151,18 @@ def test_of_an_activation_from_elsewhere_there_are_transfers_alone() -> None:
 def test_bad_studies_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config("study_quick", [override, "training.schedule={kind: cosine, warmup_epochs: 2}"])
+
+
+def test_a_skipped_check_is_not_counted_among_those_that_passed() -> None:
+    verdicts: tuple[Verdict, ...] = ("pass", "skip", "warn", "pass", "skip", "skip")
+    checks = tuple(
+        Check(
+            number=number, name=f"c{number}", verdict=verdict, figure=None, warn_above=None, fail_above=None,
+            summary="", details={},
+        )
+        for number, verdict in enumerate(verdicts, 1)
+    )  # fmt: skip
+    threat = load_config("demo").evaluation.threat
+    report = AuditReport(budget="quick", n=64, threat=threat, model_digest="m", checks=checks)
+    assert report.passed
+    assert audited(report) == "quick, 64 images: 2 pass, 1 warn, 0 fail, 3 skip"
