@@ -64,9 +64,9 @@ class Services:
         """That of the result which the chain has of a node now."""
         stage, _, branch = key.partition(":")
         current = self.output / stage / branch / "current.txt"
-        record = (
-            load_record(current.parent / current.read_text(encoding="utf-8").strip()) if current.is_file() else None
-        )
+        if not current.is_file():
+            return None
+        record = load_record(current.parent / current.read_text(encoding="utf-8").strip())
         return None if record is None else record.fingerprint
 
     def ray(self) -> None:
@@ -109,8 +109,8 @@ class Services:
         return str(path)
 
     def lineage(self, reference: str | None, digest: str) -> str | None:
-        """Where a registered activation comes from, in words; None while MLflow is away, or where the registry has no
-        such version with this digest."""
+        """Where a registered activation comes from, in words; None while MLflow is away or refuses, or where the
+        registry has no such version with this digest."""
         if reference is None:
             return None
         try:
