@@ -74,19 +74,22 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(inputs).encode()).hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    """Digest of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_file(path: Path) -> FileDigest:
     """Digest of a file; of a file above 256 MiB, of its size and 64 blocks spread evenly over it."""
     size = path.stat().st_size
-    state = hashlib.sha256()
+    if size <= _FULL_HASH_LIMIT:
+        return FileDigest(size=size, sha256=sha256_of(path))
+    state = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= _FULL_HASH_LIMIT:
-            while chunk := file.read(_CHUNK):
-                state.update(chunk)
-        else:
-            state.update(str(size).encode())
-            for block in range(_SAMPLED_BLOCKS):
-                file.seek(block * (size - _CHUNK) // (_SAMPLED_BLOCKS - 1))
-                state.update(file.read(_CHUNK))
+        for block in range(_SAMPLED_BLOCKS):
+            file.seek(block * (size - _CHUNK) // (_SAMPLED_BLOCKS - 1))
+            state.update(file.read(_CHUNK))
     return FileDigest(size=size, sha256=state.hexdigest())
 
 

@@ -9,6 +9,7 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, PrivateAttr, ValidationError
 
+from pipeline.artifacts import sha256_of
 from pipeline.config.base import Section
 from pipeline.config.data import AugmentConfig, LoaderName
 from pipeline.data.errors import DataError
@@ -16,7 +17,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.order import Order
 from pipeline.data.paths import as_url
 from pipeline.data.readers import Chosen, Integers, open_reader
-from pipeline.data.sidecar import RECORD_NAME, Sidecar, check_file, file_sha256, read_sidecar
+from pipeline.data.sidecar import RECORD_NAME, Sidecar, check_file, read_sidecar
 
 
 class SplitInfo(Section):
@@ -125,7 +126,7 @@ class PreparedData(Section):
         """
         for split in self.splits:
             path = self.check(split)
-            if file_sha256(path) != self.splits[split].sha256:
+            if sha256_of(path) != self.splits[split].sha256:
                 raise DataError(f"{path}: its sha256 is not the recorded one (altered); run the prepare stage again")
 
     def check(self, split: str) -> Path:

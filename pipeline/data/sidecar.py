@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from pipeline.artifacts import sha256_of, write_atomic
 from pipeline.config.base import Section
 from pipeline.data.errors import DataError
 
@@ -106,18 +107,9 @@ def check_file(path: Path, sidecar: Sidecar) -> None:
         raise DataError(f"{path}: its content is not what its sidecar says (altered); {_REBUILD}")
     if _known(path, stat, sidecar.sha256):
         return
-    if file_sha256(path) != sidecar.sha256:
+    if sha256_of(path) != sidecar.sha256:
         raise DataError(f"{path}: its sha256 is not the one in its sidecar (altered); {_REBUILD}")
     _remember(path, stat, sidecar.sha256)
-
-
-def file_sha256(path: Path) -> str:
-    """Sha256 of a file, read in pieces."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def sampled_digest(path: Path, num_blocks: int = _NUM_BLOCKS) -> str:
@@ -144,10 +136,8 @@ def cache_root() -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename, so that a reader sees all of it or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json_text(value))
-    temporary.replace(path)
+    """Write JSON, all of it or none."""
+    write_atomic(path, json_text(value))
 
 
 def json_text(value: Any) -> str:

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from pipeline.artifacts import sha256_of
 from pipeline.config.base import Section
 from pipeline.data.errors import DataError
 from pipeline.data.readers import Reader, open_reader
 from pipeline.data.samples import RECORD, Samples, moments, record
-from pipeline.data.sidecar import Sidecar, Storage, file_sha256, sampled_digest, sidecar_path, write_json
+from pipeline.data.sidecar import Sidecar, Storage, sampled_digest, sidecar_path, write_json
 
 _NUM_CHECKED = {"raw": 2048, "jpeg": 64}
 _SMALL = 10_000
@@ -125,7 +126,7 @@ def _describe(
         std=tuple(std),
         content=sha256(ledger["digest"].tobytes()).hexdigest(),
         size=path.stat().st_size,
-        sha256=file_sha256(path),
+        sha256=sha256_of(path),
         sampled=sampled_digest(path),
         indices=tuple(samples.indices.tolist()),
     )

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from pipeline.artifacts import MODEL
+from pipeline.artifacts import MODEL, write_atomic
 from pipeline.config.training import FGSMRSConfig
 from pipeline.training.context import Context
 from pipeline.training.errors import FrozenChangedError
-from pipeline.training.files import DamagedFilesError, write_text
+from pipeline.training.files import DamagedFilesError
 from pipeline.training.job import EpochRecord, TrainedModel, TrainJob
 from pipeline.training.model_io import load_model, model_sha256, save_model
 from pipeline.training.monitor import Monitor
@@ -157,7 +157,7 @@ def finish(run: Run, monitor: Monitor) -> TrainedModel:
         bit_exact=state.bit_exact,
     )
     if run.context.rank == 0:
-        write_text(output / RECORD, trained.model_dump_json(indent=1))
+        write_atomic(output / RECORD, trained.model_dump_json(indent=1))
     run.barrier()
     return trained
 

@@ -1,6 +1,5 @@
 """Files that are whole or absent: written to a temporary name, forced to disk, renamed. Nothing is pickled."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,23 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.artifacts import sha256_of, write_atomic
+
 
 class DamagedFilesError(ValueError):
     """Files that are missing, incomplete or altered."""
-
-
-def sha256_of(path: Path) -> str:
-    """Digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with _whole(path) as temporary, temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -71,7 +58,7 @@ def write_directory(
             path = temporary / f"{name}.safetensors"
             save_tensors(path, group)
             digests[path.name] = sha256_of(path)
-        write_text(temporary / record, json.dumps({**meta, "sha256": digests}, indent=1))
+        write_atomic(temporary / record, json.dumps({**meta, "sha256": digests}, indent=1))
     except BaseException:  # what is left of it would fill the disk further
         shutil.rmtree(temporary, ignore_errors=True)
         raise

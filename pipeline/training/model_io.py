@@ -7,8 +7,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from pipeline.artifacts import sha256_of
 from pipeline.config.base import one_line
-from pipeline.training.files import DamagedFilesError, read_directory, sha256_of, write_directory
+from pipeline.training.files import DamagedFilesError, read_directory, write_directory
 from sparta_models import Activation, build_model
 
 FORMAT = 1

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.sidecar import file_sha256, sampled_digest, sidecar_path
+from pipeline.artifacts import sha256_of
+from pipeline.data.sidecar import sampled_digest, sidecar_path
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
 needs_ffcv = pytest.mark.skipif(not HAS_FFCV, reason="ffcv is not installed")
@@ -52,7 +53,7 @@ def edit_sidecar(path: Path, **changes: object) -> None:
 
 def vouch_for(path: Path) -> None:
     """Make the sidecar agree with what the file holds now, so that only its content can give it away."""
-    digests = {"sha256": file_sha256(path), "sampled": sampled_digest(path), "size": path.stat().st_size}
+    digests = {"sha256": sha256_of(path), "sampled": sampled_digest(path), "size": path.stat().st_size}
     edit_sidecar(path, **digests)
     record = path.parent / "prepared.json"
     content = json.loads(record.read_text())

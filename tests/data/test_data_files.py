@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from data_sets import edit_sidecar, needs_ffcv, vouch_for, write_npz
 
+from pipeline.artifacts import sha256_of
 from pipeline.config.data import DataConfig
 from pipeline.data import DataError, FfcvMissingWarning, PreparedData, open_split, prepare
-from pipeline.data.sidecar import _BLOCK, _NUM_BLOCKS, _offsets, check_file, file_sha256, read_sidecar, sidecar_path
+from pipeline.data.sidecar import _BLOCK, _NUM_BLOCKS, _offsets, check_file, read_sidecar, sidecar_path
 
 
 def truncate(path):
@@ -145,7 +146,7 @@ def test_the_whole_file_is_read_once_per_machine(rgb_npz, tmp_path, monkeypatch)
     for source in (rgb_npz.path("train"), sidecar_path(rgb_npz.path("train"))):
         shutil.copy(source, tmp_path)
     read = []
-    monkeypatch.setattr("pipeline.data.sidecar.file_sha256", lambda p: read.append(p) or file_sha256(p))
+    monkeypatch.setattr("pipeline.data.sidecar.sha256_of", lambda p: read.append(p) or sha256_of(p))
     sidecar = read_sidecar(path)
     check_file(path, sidecar)
     check_file(path, sidecar)
@@ -158,7 +159,7 @@ def test_the_whole_file_is_read_once_per_machine(rgb_npz, tmp_path, monkeypatch)
 def test_a_receipt_is_of_one_machine(rgb_npz, tmp_path, monkeypatch):
     """With a home that machines share, the same path may be another file elsewhere."""
     read = []
-    monkeypatch.setattr("pipeline.data.sidecar.file_sha256", lambda p: read.append(p) or file_sha256(p))
+    monkeypatch.setattr("pipeline.data.sidecar.sha256_of", lambda p: read.append(p) or sha256_of(p))
     for source in (rgb_npz.path("train"), sidecar_path(rgb_npz.path("train"))):
         shutil.copy(source, tmp_path)
     for machine in ("one", "two", "one", "two"):

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from ffcv.types import FieldDescType, HeaderType
 
+from pipeline.artifacts import sha256_of
 from pipeline.data import DataError, PreparedData
 from pipeline.data.augment import center_boxes
 from pipeline.data.beton import Reader
 from pipeline.data.readers import open_reader
-from pipeline.data.sidecar import Sidecar, check_file, file_sha256, sampled_digest
+from pipeline.data.sidecar import Sidecar, check_file, sampled_digest
 
 NUM_CASES = 120
 EDGES = [0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
@@ -47,7 +48,7 @@ def damaged(content: bytes, places: list[int], rng: np.random.Generator) -> byte
 
 def refused(path: Path, sidecar: Sidecar) -> bool:
     """Open a file whose sidecar agrees with it, and read every image."""
-    vouching = {"size": path.stat().st_size, "sha256": file_sha256(path), "sampled": sampled_digest(path)}
+    vouching = {"size": path.stat().st_size, "sha256": sha256_of(path), "sampled": sampled_digest(path)}
     sidecar = sidecar.model_copy(update=vouching)
     try:
         check_file(path, sidecar)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from pipeline.artifacts import sha256_of
 from pipeline.config.data import DataConfig
 from pipeline.data import DataError, FfcvMissingWarning, PreparedData, prepare
 from pipeline.data.folder import folder_source
@@ -26,7 +27,7 @@ from pipeline.data.sidecar import read_sidecar
 from pipeline.evaluation.blocks import load_arrays
 from pipeline.training import ModelMeta, load_model, save_model
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.files import DamagedFilesError, sha256_of
+from pipeline.training.files import DamagedFilesError
 from pipeline.training.progress import Progress
 from sparta_models import ActivationBank
 from sparta_models.files import _seal

@@ -19,7 +19,7 @@ import yaml
 
 import pipeline.config.load
 import tune_spaces.loading
-from pipeline.artifacts import load_record
+from pipeline.artifacts import load_record, sha256_of
 from pipeline.chain import Chain
 from pipeline.cluster.outcome import load_outcome
 from pipeline.cluster.sweep import load_trials
@@ -29,7 +29,7 @@ from pipeline.data import DataError, PreparedData
 from pipeline.data.npz import npz_source
 from pipeline.data.readers import open_reader
 from pipeline.data.remote import fetch_prepared
-from pipeline.data.sidecar import Sidecar, file_sha256, read_sidecar, sampled_digest
+from pipeline.data.sidecar import Sidecar, read_sidecar, sampled_digest
 from pipeline.evaluation.blocks import load_arrays
 from pipeline.evaluation.records import Evaluation
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
@@ -38,7 +38,6 @@ from pipeline.tracking import Registry
 from pipeline.tracking.journal import read_journal
 from pipeline.training import load_model
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.files import sha256_of
 from sparta_models import ActivationBank
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +114,7 @@ def _split(directory: Path, payload: Path, suffix: str = ".npz") -> object:
         shutil.copy(payload, path)
     sidecar = Sidecar(
         source="s", split="train", storage="raw", fields={}, count=1, class_counts=(1,), image_size=1, channels=1,
-        mean=(0.5,), std=(0.5,), content="", size=path.stat().st_size, sha256=file_sha256(path),
+        mean=(0.5,), std=(0.5,), content="", size=path.stat().st_size, sha256=sha256_of(path),
         sampled=sampled_digest(path), origin="train", indices=(0,),
     )  # fmt: skip
     return open_reader(path, sidecar)
