@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.artifacts import write_atomic
 from pipeline.tracking import Journal
 from pipeline.tracking.journal import read_journal
 from pipeline.training import Context, TrainJob, train
-from pipeline.training.files import save_tensors, write_text
+from pipeline.training.files import save_tensors
 from tests.faults.conftest import Disk
 from tests.faults.toys import Result, figures, finish, kill_at, log_of, newest, start, steps_done, wait_for_step
 
@@ -120,7 +121,7 @@ def test_what_could_not_be_written_takes_up_no_space(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    for write in (lambda: write_text(tmp_path / "a", "x"), lambda: save_tensors(tmp_path / "b", {"x": torch.ones(9)})):
+    for write in (lambda: write_atomic(tmp_path / "a", "x"), lambda: save_tensors(tmp_path / "b", {"x": torch.ones(9)})):
         with pytest.raises(OSError, match="No space left"):
             write()
     assert list(tmp_path.iterdir()) == []
