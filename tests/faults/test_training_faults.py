@@ -121,7 +121,10 @@ def test_what_could_not_be_written_takes_up_no_space(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    for write in (lambda: write_atomic(tmp_path / "a", "x"), lambda: save_tensors(tmp_path / "b", {"x": torch.ones(9)})):
+    for write in (
+        lambda: write_atomic(tmp_path / "a", "x"),
+        lambda: save_tensors(tmp_path / "b", {"x": torch.ones(9)}),
+    ):
         with pytest.raises(OSError, match="No space left"):
             write()
     assert list(tmp_path.iterdir()) == []
