@@ -215,8 +215,8 @@ def test_slurm_script_starts_ray_passes_the_exit_code_on_and_cleans_up(tmp_path:
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_CPUS_PER_TASK": "2",
     }
-    command = [ROOT / "infra" / "slurm.sh", "scaling.num_workers=64"]
+    command = [ROOT / "infra" / "slurm.sh", "scaling.num_workers=32"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 3, ended.stdout + ended.stderr
-    assert "need 64 workers x CPU=1 (placement PACK), cluster has CPU=2 on 1 node" in ended.stderr
+    assert "need 32 workers x CPU=1 (placement PACK), cluster has CPU=2 on 1 node" in ended.stderr
     assert not list((tmp_path / ".ray").glob("sparta-slurm-*"))
