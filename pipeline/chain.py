@@ -218,7 +218,8 @@ class Chain:
         assert inputs is not None
         self._prepare_directory(decision, directory)
         needed = {key: self.done[key] for key in node.needs}
-        with services.stage_run(node.key, artifacts.fingerprint(inputs), dict(node.sections), node.needs) as run:
+        upstream = {key: finished.record.fingerprint for key, finished in needed.items()}
+        with services.stage_run(node.key, artifacts.fingerprint(inputs), dict(node.sections), upstream) as run:
             yield StageContext(node.key, node.task, directory, needed, run, services)
 
     def _settle(self, decision: Decision, context: StageContext[Any], result: StageResult | Exception) -> None:

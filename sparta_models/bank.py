@@ -70,7 +70,8 @@ class ActivationBank:
             if info.key not in entries:
                 tensors = {k: v.detach().cpu().clone() for k, v in site.function.state_dict().items()}
                 entries[info.key] = Entry(info, tensors)
-        architecture = str(getattr(unwrap(model), "_architecture", type(unwrap(model)).__name__))
+        root = unwrap(model)
+        architecture = str(getattr(root, "_architecture", type(root).__name__))
         return cls(spec, entries, tuple(infos), architecture, {} if source is None else source)
 
     @classmethod
@@ -87,6 +88,7 @@ class ActivationBank:
     def __post_init__(self) -> None:
         if not isinstance(self.source, Mapping) or not all(isinstance(v, str) for v in self.source.values()):
             raise ValueError(f"expected source to be a mapping of names to texts, got {self.source!r}")
+        object.__setattr__(self, "source", dict(self.source))  # what becomes of the caller's own is none of the bank's
 
     def __repr__(self) -> str:
         """Say what it is; the tensors would fill the screen."""
@@ -126,7 +128,7 @@ class ActivationBank:
         """
         if not isinstance(freeze, bool):
             raise ValueError(f"expected freeze to be True or False, got {freeze!r}; a rule for other widths is adapt=")
-        target = sites(model)
+        target, root = sites(model), unwrap(model)
         plan = match(target, list(self.sites))
         by_site = {id(site): info for info, (_, site) in zip(target, named_sites(model), strict=True)}
 
@@ -136,7 +138,7 @@ class ActivationBank:
             activation = self.spec.build(site.num_channels)
             tensors = adapt_tensors(entry.tensors, activation.state_dict(), entry.site, info, adapt)
             activation.load_state_dict(tensors)
-            like(unwrap(model), activation)
+            like(root, activation)
             return activation.freeze() if freeze else activation
 
         install(model, self.spec, make)

@@ -59,9 +59,10 @@ _ELEMENTWISE = _SUMS | _PRODUCTS | _QUOTIENTS | _SQUASHES | _CLAMPS
 _PERMUTATIONS = {torch.permute, "permute"}
 _TRANSPOSITIONS = {torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"}
 _PARTS = {torch.split, torch.chunk, torch.tensor_split, "split", "chunk", "tensor_split", operator.getitem}
-_KEEP_AXES = _ELEMENTWISE | _PARTS | {torch.cat, torch.concat, torch.concatenate, F.pad}
+_CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+_KEEP_AXES = _ELEMENTWISE | _PARTS | _CONCATENATIONS | {F.pad}
 """What changes a map's shape at most, and keeps the order of its axes."""
-_JOINS = {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, torch.concatenate, "add", "add_"}
+_JOINS = _SUMS | _CONCATENATIONS
 
 
 @dataclass
@@ -155,10 +156,7 @@ def channel_axis(node: fx.Node) -> int:
 
 def _is_linear(node: fx.Node) -> bool:
     """Whether a node calls what mixes the last axis of a map."""
-    owner = node.graph.owning_module
-    assert owner is not None
-    module = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-    linear = isinstance(module, nn.Linear | nn.LayerNorm) or _calls(node, (F.linear, F.layer_norm))
+    linear = isinstance(_module(node), nn.Linear | nn.LayerNorm) or _calls(node, (F.linear, F.layer_norm))
     return linear and len(node.meta["shape"]) == 4
 
 
@@ -237,11 +235,16 @@ def _is_elementwise(node: fx.Node) -> bool:
     """Whether a node is a function of each element of one tensor."""
     if len(node.all_input_nodes) != 1:
         return False
-    if node.op == "call_module":
-        owner = node.graph.owning_module
-        assert owner is not None
-        return isinstance(owner.get_submodule(str(node.target)), nn.Tanh | nn.Sigmoid)
-    return _calls(node, _ELEMENTWISE)
+    return isinstance(_module(node), nn.Tanh | nn.Sigmoid) or _calls(node, _ELEMENTWISE)
+
+
+def _module(node: fx.Node) -> nn.Module | None:
+    """The module that a node calls; None where it calls something else."""
+    if node.op != "call_module":
+        return None
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner.get_submodule(str(node.target))
 
 
 def _calls(node: fx.Node, targets: Collection[Any]) -> bool:

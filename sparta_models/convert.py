@@ -107,8 +107,9 @@ def convert(
     unknown = sorted(set(only or ()) - set(KINDS.values()))
     if unknown:
         raise ValueError(f"unknown kinds {unknown}; known: {', '.join(sorted(set(KINDS.values())))}")
-    graph_module = _trace(copy.deepcopy(unwrap(model)))
-    _keep_buffers(graph_module, set(unwrap(model).state_dict()))
+    network = unwrap(model)
+    graph_module = _trace(copy.deepcopy(network))
+    _keep_buffers(graph_module, set(network.state_dict()))
     _propagate(graph_module, input_shape)
     calls = [call for node in graph_module.graph.nodes if (call := Call.of(graph_module, node, only))]
     if not any(call.replaced for call in calls):
@@ -119,7 +120,7 @@ def convert(
     graph_module.recompile()
     install(graph_module, activation)
     object.__setattr__(graph_module, "replacements", replacements)
-    object.__setattr__(graph_module, "_architecture", type(model).__name__)
+    object.__setattr__(graph_module, "_architecture", type(network).__name__)
     return graph_module
 
 
@@ -161,12 +162,9 @@ def _autograd_modes() -> tuple[bool, ...]:
 def _trace(model: nn.Module) -> Converted:
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("expected a network with all its parameters, got lazy ones; call it on an image first")
-    modes = {module: module.training for module in model.modules()}
     try:
         # Of copies: a trace leaves the constants of a forward behind, and the next one gives its own other names.
         in_training, in_eval = (str(_Tracer().trace(copy.deepcopy(model).train(mode))) for mode in (True, False))
-        for module, mode in modes.items():
-            module.training = mode
         graph = _Tracer().trace(model)
     except Exception as error:
         raise ValueError(

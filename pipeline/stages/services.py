@@ -3,13 +3,13 @@
 import logging
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.artifacts import load_record, write_atomic
+from pipeline.artifacts import write_atomic
 from pipeline.cluster import ensure_ray, preflight
 from pipeline.cluster.sweep import preflight_trial
 from pipeline.config.chain import ChainConfig
@@ -54,20 +54,10 @@ class Services:
         finally:
             second.__exit__(kind, error, trace)
 
-    def stage_run(self, key: str, fingerprint: str, sections: dict[str, Any], needs: Sequence[str]) -> StageRun:
-        """The MLflow run of a node, to be entered with `with`."""
+    def stage_run(self, key: str, fingerprint: str, sections: dict[str, Any], upstream: Mapping[str, str]) -> StageRun:
+        """The MLflow run of a node, to be entered with `with`; `upstream` has the fingerprints of what it needs."""
         tags = {"stage": key.partition(":")[0], "branch": key.partition(":")[2], "fingerprint": fingerprint}
-        upstream = {need: found for need in needs if (found := self._fingerprint(need)) is not None}
         return self.chain_run.stage(key, params=sections, tags=tags, upstream=upstream)
-
-    def _fingerprint(self, key: str) -> str | None:
-        """That of the result which the chain has of a node now."""
-        stage, _, branch = key.partition(":")
-        current = self.output / stage / branch / "current.txt"
-        if not current.is_file():
-            return None
-        record = load_record(current.parent / current.read_text(encoding="utf-8").strip())
-        return None if record is None else record.fingerprint
 
     def ray(self) -> None:
         """Be connected to Ray from here to the end of the chain, so that all stages share one start.

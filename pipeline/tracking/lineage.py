@@ -1,7 +1,8 @@
 """Where a registered activation comes from: version -> run -> runs of the stages before it -> data and source."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.tracking import redact
@@ -43,25 +44,26 @@ def describe_lineage(client: "MlflowClient", activation: Activation, uri: str) -
     lines += [f"  {key}: {value}" for key, value in sorted(activation.tags.items()) if key != DIGEST_TAG]
     if activation.run_id is None:
         return "\n".join([*lines, "  pushed by hand, without a run"])
-    run = _find(client, activation.run_id)
+    find = cache(partial(_find, client))
+    run = find(activation.run_id)
     if run is None:
         return "\n".join([*lines, f"  made by run {activation.run_id}{_GONE}"])
-    lines += [f"  {line}" for line in _tell(client, activation.run_id, f"made by {run.info.run_name}", set())]
+    lines += [f"  {line}" for line in _tell(find, activation.run_id, f"made by {run.info.run_name}", set())]
     parent = run.data.tags.get("mlflow.parentRunId")
     if parent is not None:
-        chain = _find(client, parent)
+        chain = find(parent)
         lines.append(
             f"  in chain {chain.info.run_name}, run {parent}, {redact(uri)}" if chain else f"  in run {parent}{_GONE}"
         )
     return "\n".join(lines)
 
 
-def _tell(client: "MlflowClient", run_id: str, relation: str, told: set[str]) -> Iterator[str]:
+def _tell(find: Callable[[str], "Run | None"], run_id: str, relation: str, told: set[str]) -> Iterator[str]:
     if run_id in told:
         yield f"{relation}, run {run_id} (above)"
         return
     told.add(run_id)
-    run = _find(client, run_id)
+    run = find(run_id)
     if run is None:
         yield f"{relation}, run {run_id}{_GONE}"
         return
@@ -74,7 +76,7 @@ def _tell(client: "MlflowClient", run_id: str, relation: str, told: set[str]) ->
             yield f"  {tag.removeprefix(DATA_TAG)} data: {value}"
     for stage, upstream in json.loads(run.data.tags.get(UPSTREAM_TAG, "{}")).items():
         if upstream is not None:
-            yield from (f"  {line}" for line in _tell(client, upstream, f"from {stage}", told))
+            yield from (f"  {line}" for line in _tell(find, upstream, f"from {stage}", told))
 
 
 def _find(client: "MlflowClient", run_id: str) -> "Run | None":

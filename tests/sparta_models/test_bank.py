@@ -602,3 +602,10 @@ def test_a_bank_is_shown_on_one_line():
     assert bank.digest[:12] in repr(bank)
     assert "7 functions of resnet8" in repr(bank)
     assert len(repr(bank)) < 400
+
+
+def test_a_bank_keeps_its_source_when_the_callers_changes():
+    source = {"dataset": "digits"}
+    bank = ActivationBank.from_model(trained(), source=source)
+    source["dataset"] = "others"
+    assert bank.source == {"dataset": "digits"}
