@@ -142,15 +142,21 @@ def whole(found: Study) -> str:
     return "\n".join([markdown(found), *sweep(), "### Where the figures come from", "", *prints])
 
 
+SHOWN = 3
+"""How many of a group's other contenders README shows, the strongest ones."""
+
+
 def short(found: Study) -> str:
-    """For README: all tables, less the columns that all rows share."""
+    """For README: one table, a group behind the other, of the main one, its control and the strongest others."""
     kept = ("contender", "activation", "seeds", "clean %", "robust %", *LEADS.values(), "audit")
     keep = [COLUMNS.index(name) for name in kept]
-    lines = [READING, ""]
+    rows = []
     for group in found.groups:
-        header, *rows = ([row[i] for i in keep] for row in (COLUMNS, *table_rows(found, group)))
-        lines += [f"*{group}*: {found.judges(group)}", "", *grid(header, rows), ""]
-    return "\n".join(lines).rstrip()
+        shown = {*found.with_role(group, "main"), *found.with_role(group, "control")}
+        shown.update(found.with_role(group, "other")[:SHOWN])
+        chosen = [[row[i] for i in keep] for row in table_rows(found, group) if row[0] in shown]
+        rows += [(f"*{group}*" if row is chosen[0] else "", *row) for row in chosen]
+    return "\n".join([READING, "", *grid(("", *kept), rows)])
 
 
 def updated(text: str, block: str) -> str:

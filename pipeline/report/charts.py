@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.config.evaluation import ThreatModel
 from pipeline.report.facts import Row
@@ -67,7 +67,7 @@ def overview(summary: Sequence[Row], output: Path, *, dpi: int) -> Chart:
         axes.set_ylim(-0.6, len(summary) - 0.4)
         axes.set_xlim(0, 1)
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(percent)
         axes.set_xlabel("accuracy: filled = under attack, hollow = clean")
 
     return draw("overview", "Clean and robust accuracy", paint, output, dpi=dpi, size=(5.6, 1.0 + 0.36 * len(summary)))
@@ -151,8 +151,8 @@ def sweep(inputs: ReportInputs, output: Path, *, dpi: int) -> Chart:
             )
             if chosen:
                 axes.scatter([t.clean for t in chosen], [t.robust for t in chosen], zorder=3 if best else 2, **style)  # type: ignore[arg-type]
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(percent)
+        axes.yaxis.set_major_formatter(percent)
         axes.set_xlabel("clean accuracy (validation)")
         axes.set_ylabel("robust accuracy (validation)")
         axes.legend()
@@ -230,9 +230,14 @@ def _validated(card: ModelCard) -> str:
     return "" if card.num_validation is None else f"n = {card.num_validation} validation images"
 
 
+def percent(value: float, _: int | None = None) -> str:
+    """A tick of an axis of accuracies in [0, 1], with the decimals that it has: two ticks never read the same."""
+    return f"{100 * value:.4g}%"
+
+
 def _accuracy_axis(axes: Axes) -> None:
     axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(percent)
 
 
 def _colour(card: ModelCard) -> str:

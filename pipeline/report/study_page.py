@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
 from pipeline.artifacts import write_atomic
 from pipeline.report.cells import CELLS, PROPERTIES, TwoByTwo
-from pipeline.report.charts import Chart, draw
+from pipeline.report.charts import Chart, draw, percent
 from pipeline.report.environment import environment
 from pipeline.report.study import Comparison, Mean, Study, What
 from pipeline.report.theme import CONTROL, MUTED, OURS
@@ -194,8 +193,8 @@ def _chart(study: Study, group: str, number: int, output: Path, dpi: int) -> Cha
             axes.plot(clean, robust, shape, color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
             axes.plot(_mean(clean), _mean(robust), shape, color=colour, markersize=8, label=name)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside: the means of many lie close together
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(percent)
+        axes.yaxis.set_major_formatter(percent)
         axes.margins(0.15)
         axes.set_xlabel("clean accuracy (large: mean over seeds)")
         axes.set_ylabel("robust accuracy")

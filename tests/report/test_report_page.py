@@ -12,7 +12,7 @@ from pipeline.config.report import ReportConfig
 from pipeline.evaluation.records import ClassResult
 from pipeline.evaluation.stats import Accuracy
 from pipeline.report import Report, ReportInputs, build_report
-from pipeline.report.charts import pareto_front
+from pipeline.report.charts import pareto_front, percent
 from pipeline.report.inputs import Learned
 from sparta_models import ACTIVATIONS
 from tests.report.conftest import load, make_card
@@ -227,6 +227,10 @@ def test_what_a_sweep_drew_is_on_the_page_and_beside_it(inputs: ReportInputs, tm
 def test_the_front_is_what_no_trial_beats():
     points = [(0.9, 0.3), (0.8, 0.4), (0.8, 0.3), (0.9, 0.3), (0.1, 0.2)]
     assert sorted(pareto_front(points)) == [(0.8, 0.4), (0.9, 0.3)]
+
+
+def test_ticks_have_the_decimals_that_they_need() -> None:
+    assert [percent(tick) for tick in (0, 0.025, 3 * 0.025, 0.1, 1)] == ["0%", "2.5%", "7.5%", "10%", "100%"]
 
 
 def test_labels_must_differ(inputs: ReportInputs):
