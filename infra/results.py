@@ -6,9 +6,9 @@
     python infra/results.py --ship NAME RUNS             # ship its best activation as a pretrained bank
     python infra/results.py                              # only write the quotations again
 
-RUNS is the folder of the study's chain, e.g. runs/study. A network that results/ has already is kept. The best
-activation is that of the seed with the highest robust accuracy on validation images. A shipped bank's card is made of
-the study's figures too.
+RUNS is the folder of the study's chain, e.g. runs/study. A network that results/ has already is kept. The finalists'
+networks are copied to results/networks, for others to attack. The best activation is that of the seed with the highest
+robust accuracy on validation images. A shipped bank's card is made of the study's figures too.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from pipeline.artifacts import MODEL, load_record  # noqa: E402
 from pipeline.artifacts import RECORD as STAGE_RECORD  # noqa: E402
-from pipeline.artifacts import load_record  # noqa: E402
 from pipeline.cluster.sweep.results import COLUMNS as TRIAL_COLUMNS  # noqa: E402
 from pipeline.cluster.sweep.results import ERROR, TABLE  # noqa: E402
-from pipeline.report.study import Entry, Study  # noqa: E402
+from pipeline.report.study import FINALISTS, Entry, Study  # noqa: E402
 from pipeline.report.study_page import (  # noqa: E402
     COLUMNS,
     LEADS,
@@ -35,11 +35,13 @@ from pipeline.report.study_page import (  # noqa: E402
     table_rows,
     write_study,
 )
+from pipeline.training.model_io import load_model, model_sha256  # noqa: E402
 from sparta_models import ActivationBank, pretrained_banks  # noqa: E402
 from sparta_models.bank import PRETRAINED  # noqa: E402
 
 RESULTS = ROOT / "results"
 SWEEP = RESULTS / "sweep"
+NETWORKS = RESULTS / "networks"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 CARD = "card.md"
 
@@ -67,6 +69,19 @@ def add(runs: Path) -> None:
     write_study(joined, RESULTS)
     added = len(joined.entries) - len(known.entries)
     print(f"{added} networks added; {len(part.entries) - added} were there, and came out the same to the last bit")
+
+
+def finalists(found: Study) -> dict[str, Entry]:
+    """The networks that the study's main claim is about, by the names of their branches."""
+    return {f"{e.contender}-s{e.seed}": e for e in found.entries if e.group == f"{found.groups[0]}{FINALISTS}"}
+
+
+def take_networks(runs: Path) -> None:
+    """Copy the finalists' networks of a chain, where they are those that were judged."""
+    for name, entry in finalists(study()).items():
+        network = output(runs, "pretrain", name) / MODEL
+        if model_sha256(network) == entry.weights_sha256:
+            shutil.copytree(network, NETWORKS / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def take_sweep(runs: Path) -> None:
@@ -199,11 +214,9 @@ def card(name: str, entries: list[Entry]) -> str:
 
 def ship(name: str, runs: Path) -> None:
     """Save the activation of the study's best source network."""
-    from pipeline.training import load_model
-
     found = study()
     best = max(found.of(found.groups[0], "sparta"), key=lambda e: e.val_robust)
-    network = load_model(output(runs, "pretrain", f"sparta-s{best.seed}") / "model")
+    network = load_model(output(runs, "pretrain", f"sparta-s{best.seed}") / MODEL)
     source = {
         "dataset": best.dataset,
         "threat_model": best.trained_by,
@@ -241,6 +254,8 @@ def main() -> None:
         write_study(of(args.take), RESULTS)
     if args.add:
         add(args.add)
+    if args.take or args.add:
+        take_networks(args.take or args.add)
     if args.sweep:
         take_sweep(args.sweep)
     found = study()

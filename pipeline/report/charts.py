@@ -230,7 +230,7 @@ def _validated(card: ModelCard) -> str:
     return "" if card.num_validation is None else f"n = {card.num_validation} validation images"
 
 
-def percent(value: float, _: int | None = None) -> str:
+def percent(value: float, _: float | None = None) -> str:
     """A tick of an axis of accuracies in [0, 1], with the decimals that it has: two ticks never read the same."""
     return f"{100 * value:.4g}%"
 

@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from pipeline.artifacts import StageRecord, damaged_output, digest_outputs, load_record, save_record
+from pipeline.config.load import load_config
+from pipeline.data import open_split, prepare
+from pipeline.evaluation.sample import sample
+from pipeline.training.model_io import load_model, model_sha256
 from sparta_models import ActivationBank, build_model, pretrained_banks
 from sparta_models.bank import PRETRAINED
 from tests.infra.conftest import ROOT, script
@@ -101,6 +105,29 @@ def test_a_shipped_bank_is_the_studys_and_can_be_applied(name: str, results: Mod
     network = bank.apply_to(build_model("resnet14", width=16, activation="relu"))
     assert network(torch.rand(2, 3, 32, 32)).isfinite().all()
     assert not any(p.requires_grad for site in network.modules() if hasattr(site, "gate") for p in site.parameters())
+
+
+def test_the_finalists_networks_can_be_attacked_by_anyone(results: ModuleType) -> None:
+    final = results.finalists(results.study())
+    assert {path.name for path in results.NETWORKS.iterdir()} == final.keys()
+    for name, entry in final.items():
+        assert model_sha256(results.NETWORKS / name) == entry.weights_sha256
+        assert load_model(results.NETWORKS / name)(torch.rand(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.skipif(not (IMAGES / "cifar10.npz").is_file(), reason="SPARTA_DATA holds no cifar10.npz")
+def test_the_finalists_networks_are_right_on_the_images_that_the_study_says(
+    results: ModuleType, tmp_path: Path
+) -> None:
+    config = load_config("study").data
+    few = config.limit.model_copy(update={"train": 100, "val": 100})
+    data = prepare(config.model_copy(update={"limit": few}), tmp_path, seed=0)
+    for name, entry in results.finalists(results.study()).items():
+        network, judged = load_model(results.NETWORKS / name), sample(entry.split_size, entry.clean.n)
+        with open_split(data, "test", batch_size=256, positions=judged) as loader, torch.no_grad():
+            right = torch.cat([network(x).argmax(1) == y for x, y in loader]).numpy()
+        assert data.splits["test"].count == entry.split_size
+        assert (right != entry.correct_clean).sum() <= 1, "another processor may round one image to the other side"
 
 
 def test_a_bank_ships() -> None:
