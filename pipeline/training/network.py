@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.data import PreparedData
 from pipeline.training.job import TrainJob
-from pipeline.training.model_io import ModelMeta
+from pipeline.training.model_io import ModelMeta, freeze_activations
 from pipeline.training.seeds import derive_seed
-from sparta_models import Activation, ActivationBank
+from sparta_models import ActivationBank
 
 
 def build_network(job: TrainJob, prepared: PreparedData, bank: ActivationBank | None) -> tuple[nn.Module, ModelMeta]:
@@ -45,8 +45,7 @@ def build_network(job: TrainJob, prepared: PreparedData, bank: ActivationBank | 
             bank.apply_to(model, freeze=True, adapt=job.adapt)
             meta = meta.model_copy(update={"activation": bank.spec.mapping(), "frozen": True})
         elif job.training.optimizer.activation_lr_factor == 0:
-            for activation in (module for module in model.modules() if isinstance(module, Activation)):
-                activation.freeze()
+            freeze_activations(model)
             meta = meta.model_copy(update={"frozen": True})
     return model, meta
 

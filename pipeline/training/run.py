@@ -194,7 +194,7 @@ def open_run(
         method=build_method(config, collapsed=state.collapsed),
         bank=bank,
         forward_flops=flops,
-        frozen_digest=ActivationBank.from_model(model).digest if bank else None,
+        frozen_digest=ActivationBank.from_model(model).digest if meta.frozen else None,
     )
 
 
