@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.artifacts import MODEL
 from pipeline.config.report import ReportConfig
@@ -14,13 +14,10 @@ from pipeline.report.inputs import Learned, Role
 from pipeline.stages.freeze import FrozenBank, frozen_bank
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.search import TunedConfig
-from pipeline.tracking import bank_digest
+from pipeline.stages.train import TrainTask
+from pipeline.tracking import ChainRun, bank_digest
 from pipeline.training import TrainedModel, load_model
 from sparta_models import ActivationBank
-
-if TYPE_CHECKING:
-    from pipeline.stages.train import TrainTask
-    from pipeline.tracking import ChainRun
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class ReportedModel:
     evaluation: str
     activation: str
     """Name of the activation at its sites."""
-    task: "TrainTask"
+    task: TrainTask
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def _learned(bank: ActivationBank) -> Learned:
     )
 
 
-def _tell_chain(run: "ChainRun", inputs: ReportInputs, directory: Path) -> None:
+def _tell_chain(run: ChainRun, inputs: ReportInputs, directory: Path) -> None:
     """The page and the headline figures also belong to the chain's own run, where people look first."""
     run.artifact(directory / PAGE)
     figures = {}

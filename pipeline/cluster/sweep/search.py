@@ -24,6 +24,7 @@ from pipeline.cluster.worker import Train
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError
 from pipeline.config.scaling import ScalingConfig
+from pipeline.training import train
 from tune_spaces import Space, load_space, resolve
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class SearchResult:
 
 
 def search(
-    base: ChainConfig, *, data: Path, output: Path, on_trial: OnTrial | None = None, train: Train | None = None
+    base: ChainConfig, *, data: Path, output: Path, on_trial: OnTrial | None = None, train: Train = train
 ) -> SearchResult:
     """Search `base.search.space` around `base`, training on the PreparedData in `data`.
 
@@ -64,7 +65,7 @@ def search(
     scaling = _trial_scaling(base)
     known = _known_trials(output, base)
     table = Table(base.search.num_trials, list(space), known=known, show=on_trial)
-    sweep = Sweep(uuid.uuid4().hex[:8], base, data, output, scaling, train or _train())
+    sweep = Sweep(uuid.uuid4().hex[:8], base, data, output, scaling, train)
     board = Board(
         output,
         sweep.run,
@@ -107,12 +108,6 @@ def checked_space(base: ChainConfig) -> Space:
     if base.search.scheduler == "pbt":
         mutable_keys(space)
     return space
-
-
-def _train() -> Train:
-    from pipeline.training import train
-
-    return train
 
 
 def _identify(base: ChainConfig) -> Callable[[dict[str, Any]], str]:
