@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PrivateAttr, ValidationError
 
 from pipeline.artifacts import sha256_of
-from pipeline.config.base import Section
+from pipeline.config.base import Section, one_line
 from pipeline.config.data import AugmentConfig, LoaderName
 from pipeline.data.errors import DataError
 from pipeline.data.loader import Loader
@@ -90,9 +90,7 @@ class PreparedData(Section):
                 "run the prepare stage; for several nodes use a shared folder, or set data.mirror to a URL"
             ) from None
         except ValidationError as error:
-            raise DataError(
-                f"{directory / RECORD_NAME}: {error.errors()[0]['msg']}; run the prepare stage again"
-            ) from error
+            raise DataError(f"{directory / RECORD_NAME}: {one_line(error)}; run the prepare stage again") from error
         except ValueError as error:
             raise DataError(f"{directory / RECORD_NAME} is not JSON ({error}); run the prepare stage again") from error
         prepared._directory = directory

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pipeline.artifacts import sha256_of, write_atomic
-from pipeline.config.base import Section
+from pipeline.config.base import Section, one_line
 from pipeline.data.errors import DataError
 
 FORMAT_VERSION = 1
@@ -84,9 +84,7 @@ def read_sidecar(path: Path) -> Sidecar:
     try:
         return Sidecar.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{place}: {where}: {first['msg']}; {_REBUILD}") from error
+        raise DataError(f"{place}: {one_line(error)}; {_REBUILD}") from error
 
 
 def check_file(path: Path, sidecar: Sidecar) -> None:

@@ -77,7 +77,7 @@ DAMAGE = {
     "missing sidecar": (lambda path: sidecar_path(path).unlink(), "sidecar train.beton.json is missing"),
     "sidecar is not JSON": (lambda path: sidecar_path(path).write_text("{"), "expected a JSON sidecar"),
     "sidecar of another version": (other_version, "expected sidecar format 1, got 99"),
-    "sidecar lacks an entry": (incomplete_sidecar, "class_counts: Field required"),
+    "sidecar lacks an entry": (incomplete_sidecar, "class_counts: expected a value, got none"),
     "of another preparation": (lambda path: edit_sidecar(path, content="0" * 64), "from another preparation"),
     "wrong fields": (other_fields, "expected the fields {'image': 'NDArrayField'"),
     "wrong count": (too_short_index, "count or labels differ from its sidecar"),
