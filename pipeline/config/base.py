@@ -11,7 +11,7 @@ _SHOWN_CHARACTERS = 200
 
 
 class Section(BaseModel):
-    """A frozen group of settings. An unknown key is an error, so that a misspelling never passes in silence."""
+    """A frozen group of settings, or a record. An unknown key is an error: a misspelling never passes in silence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from pipeline.artifacts import MODEL
 from pipeline.config.bank import BankConfig
-from pipeline.config.base import one_line
+from pipeline.config.base import Section, one_line
 from pipeline.config.load import ConfigError
 from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
@@ -27,10 +25,8 @@ BANK = "bank"
 ALIAS = "candidate"
 
 
-class FrozenBank(BaseModel):
+class FrozenBank(Section):
     """Where the frozen activation is, by digest and by its pinned version in the registry."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     directory: str
     """Folder below the stage's directory."""
