@@ -117,15 +117,15 @@ def _pull(registry: Registry, options: argparse.Namespace) -> None:
 
 
 def _push(registry: Registry, options: argparse.Namespace) -> None:
+    from pipeline.stages.freeze import bank_tags
     from sparta_models import ActivationBank
 
     if options.alias.lower() == CHAMPION:
         raise RefusedError(f"expected another alias than {CHAMPION}: push a candidate, then `promote` it with evidence")
     bank = ActivationBank.load(options.directory)
     tags = dict(_pair(text) for text in options.tag)
-    own = {"activation": bank.spec.name, "architecture": bank.architecture, "digest": bank.digest}
     found = registry.register(
-        options.directory, tags={**own, **tags}, description=options.description, alias=options.alias
+        options.directory, tags={**bank_tags(bank), **tags}, description=options.description, alias=options.alias
     )
     print(f"{found.reference} @{options.alias} sha256:{found.digest}")
 

@@ -110,14 +110,18 @@ def _take_in(context: StageContext[BankTask]) -> StageResult:
     return _result(context, bank, _version(context, bank), alias=None)
 
 
+def bank_tags(bank: ActivationBank) -> dict[str, str]:
+    """What every version in the registry says of its activation."""
+    return {"architecture": bank.architecture, "activation": bank.spec.name, "digest": bank.digest}
+
+
 def _version(context: StageContext[BankTask], bank: ActivationBank) -> str | None:
     """The version of the registry that holds the bank, a new one where there is none; None while MLflow is away."""
     directory, label = context.directory / BANK, context.task.config.label
     try:
         known = context.services.registry.holding(bank_digest(directory)).reference
     except (ValueError, ConnectionError):
-        own = {"architecture": bank.architecture, "activation": bank.spec.name, "digest": bank.digest}
-        tags = {**bank.source, **own, "schema": str(SCHEMA), "taken_from": label}
+        tags = {**bank.source, **bank_tags(bank), "schema": str(SCHEMA), "taken_from": label}
         description = f"{bank.spec.name} activation of {bank.architecture}, trained elsewhere ({label})."
         return context.run.register(directory, tags=tags, description=description, alias=None)
     context.run.activation(known)
@@ -155,9 +159,7 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
     ActivationBank.load(directory)  # what was written is what will be read
     tags = {
         **facts,
-        "architecture": bank.architecture,
-        "activation": bank.spec.name,
-        "digest": bank.digest,
+        **bank_tags(bank),
         "schema": str(SCHEMA),
         "variant": ", ".join(sorted({site.variant for site in model.modules() if isinstance(site, Sparta)})),
         **_accuracies(trained, source, prepared),

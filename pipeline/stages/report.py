@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.artifacts import MODEL
 from pipeline.config.report import ReportConfig
@@ -102,13 +101,12 @@ def _card(context: StageContext[ReportTask], model: ReportedModel) -> ModelCard:
     prepared = PreparedData.load(context.upstream[model.data].directory)
     trained, evaluated = context.upstream[model.trained], context.upstream[model.evaluation]
     network = load_model(trained.directory / MODEL)
-    options: dict[str, Any] = dict(model.task.model.options)
     return ModelCard(
         label=model.branch,
         target=model.target,
         role=model.role,
         activation=model.activation,
-        architecture=" ".join([model.task.model.name, *(f"{key}={value}" for key, value in options.items())]),
+        architecture=model.task.model.label,
         dataset=prepared.name,
         class_names=prepared.class_names,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),

@@ -25,8 +25,8 @@ from pipeline.report.study_page import PAGE, write_study
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
 from pipeline.stages.freeze import FreezeTask, freeze_node, threat_in_words
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
-from pipeline.stages.prepare import SOURCE_DATA, data_key
-from pipeline.stages.train import TrainTask, train_node
+from pipeline.stages.prepare import SOURCE_DATA
+from pipeline.stages.train import TrainTask, target_task, train_node
 from pipeline.training import TrainedModel, load_model
 
 MAIN, CONTROL, FROZEN, UNTRAINED = "sparta", "control", "frozen", "untrained"
@@ -66,7 +66,7 @@ class StudyTask:
 def study_nodes(config: ChainConfig, study: StudyConfig) -> list[Node[Any]]:
     """All nodes after the data are prepared, in the order of the stages."""
     networks = tuple(_networks(config, study))
-    trainers = {network.trained: _trainer(network) for network in networks}
+    trainers = {network.trained: train_node(network.trained, network.task) for network in networks}
     pretrain = [node for node in trainers.values() if node.stage == "pretrain"]
     freeze = [
         freeze_node(
@@ -147,36 +147,22 @@ def _at_home(config: ChainConfig, study: StudyConfig, seed: int, regime: RegimeC
 def _on_target(config: ChainConfig, study: StudyConfig, target: TransferTarget, seed: int) -> Iterator[Network]:
     """The frozen activation, what is asked for beside it, and the control, with the target's budget. An activation that
     stays as it starts says what of the frozen one's gain comes of its having been trained."""
-    architecture = target.model or config.model
+    bank = "freeze:bank" if config.bank else f"freeze:s{seed}"
     for name in (FROZEN, *study.on_targets, CONTROL):
         activation = config.control if name == CONTROL else config.model.activation
-        training = target.training or config.training
+        task = target_task(config, target, activation, seed=seed, bank=bank if name == FROZEN else None)
         if name == UNTRAINED:
-            training = training.varied(activation_lr_factor=0.0)
+            task = replace(task, training=task.training.varied(activation_lr_factor=0.0))
         twin = FROZEN if name == CONTROL else CONTROL
-        frozen = name == FROZEN
         yield Network(
             group=target.name,
             contender=name,
             branch=f"{target.name}-{name}-s{seed}",
             trained=f"transfer:{target.name}-{name}-s{seed}",
             reference=f"transfer:{target.name}-{twin}-s{seed}",
-            task=TrainTask(
-                model=ModelConfig(name=architecture.name, options=architecture.options, activation=activation),
-                augment=target.augment or config.augment,
-                training=training,
-                seed=seed,
-                data=data_key(target),
-                bank=None if not frozen else "freeze:bank" if config.bank else f"freeze:s{seed}",
-                adapt=target.adapt if frozen else None,
-            ),
+            task=task,
             evaluation=config.evaluation,
         )
-
-
-def _trainer(network: Network) -> Node[TrainTask]:
-    stage, _, branch = network.trained.partition(":")
-    return train_node(stage, branch, network.task)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -213,7 +199,7 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         role=_role(network.contender),
         activation=model.activation.name,
         seed=network.task.seed,
-        architecture=" ".join([model.name, *(f"{key}={value}" for key, value in model.options.items())]),
+        architecture=model.label,
         dataset=prepared.name,
         num_parameters=sum(p.numel() for p in load_model(trained.directory / MODEL).parameters()),
         training_flops=record.flops_per_step * steps * record.epochs,
