@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.data import DataError, PreparedData
+from pipeline.data import DataError, PreparedData, wants_jpeg
 from pipeline.data.errors import UNREADABLE_NPZ
 from pipeline.data.paths import as_url, resolve_path
 
@@ -86,7 +86,7 @@ def expected_size(config: DataConfig, plan: PlanConfig) -> DataSize | None:
         train -= test
     val = train * config.val_fraction
     side, channels = config.image_size or origin.side, config.channels or origin.channels
-    jpeg = config.storage == "jpeg" or (config.storage == "auto" and config.dataset == "folder" and side > 64)
+    jpeg = wants_jpeg(config, side, channels)
     stored = config.max_side**2 * _JPEG_BYTES_PER_PIXEL if jpeg else side**2 * channels
     limit = config.limit
     return DataSize(

@@ -1,7 +1,6 @@
 """freeze: the activation, trained here or brought from elsewhere, becomes a version in the registry."""
 
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from pipeline.artifacts import MODEL
 from pipeline.config.bank import BankConfig
 from pipeline.config.base import Section, one_line
 from pipeline.config.load import ConfigError
-from pipeline.config.training import TrainingConfig
+from pipeline.config.training import SelectionConfig, TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.data.paths import resolve_path
 from pipeline.evaluation.stats import Accuracy
@@ -175,8 +174,8 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
 
 def _accuracies(trained: TrainedModel, source: Finished, prepared: PreparedData) -> dict[str, str]:
     """Validation accuracies with their Wilson intervals. Those on test images come with the promotion."""
-    judged = source.record.inputs["sections"]["training"]["selection"]["max_samples"]
-    n = min(prepared.splits["val"].count, judged or sys.maxsize)
+    selection = SelectionConfig.model_validate(source.record.inputs["sections"]["training"]["selection"])
+    n = selection.num_judged(prepared.splits["val"].count)
     return {
         f"val_{name}": str(Accuracy.of(round(value * n), n))
         for name, value in (("clean", trained.val_clean), ("robust", trained.val_robust))

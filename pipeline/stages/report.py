@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pipeline.artifacts import MODEL
 from pipeline.config.report import ReportConfig
-from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
 from pipeline.report import PAGE, ModelCard, ReportInputs, Trial, build_report
@@ -110,17 +109,12 @@ def _card(context: StageContext[ReportTask], model: ReportedModel) -> ModelCard:
         dataset=prepared.name,
         class_names=prepared.class_names,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
-        num_validation=_num_validation(prepared, model.task.training),
+        num_validation=model.task.training.selection.num_judged(prepared.splits["val"].count),
         trained=TrainedModel.model_validate(trained.record.payload),
         evaluation=Evaluation.load(evaluated.directory),
         evaluation_directory=evaluated.directory,
         model_directory=trained.directory / MODEL,
     )
-
-
-def _num_validation(prepared: PreparedData, training: TrainingConfig) -> int:
-    available, asked = prepared.splits["val"].count, training.selection.max_samples
-    return available if asked is None else min(asked, available)
 
 
 def _trials(context: StageContext[ReportTask], search: str | None) -> tuple[Trial, ...]:
