@@ -161,7 +161,6 @@ def open_split(
     augment: AugmentConfig | None = None,
     rank: int = 0,
     world_size: int = 1,
-    drop_last: bool = False,
     device: str | torch.device = "cpu",
     loader: LoaderName = "auto",
     workers: int | None = None,
@@ -189,7 +188,7 @@ def open_split(
 
         path = copy_to_node(prepared.path(split), prepared.node_cache)
     count = prepared.splits[split].count if positions is None else len(positions)
-    order = Order(count, batch_size, seed, shuffle, rank, world_size, drop_last, joint)
+    order = Order(count, batch_size, seed, shuffle, rank, world_size, joint)
     reader = open_reader(path, sidecar, prepared.loader if loader == "auto" else loader)
     if positions is not None:
         reader = Chosen(reader, positions)
