@@ -127,10 +127,12 @@ def _offsets(size: int, num_blocks: int) -> Iterator[int]:
 
 
 def cache_root() -> Path:
-    """Where this machine keeps what it has verified or fetched: SPARTA_CACHE, else the user's cache folder."""
-    if place := os.environ.get("SPARTA_CACHE"):
-        return Path(place)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparta"
+    """Where this machine keeps what it has verified or fetched: SPARTA_CACHE, else `sparta` in the user's cache folder.
+
+    The same folder as that of the compiled kernels, for which `sparta_models.kernels` has the same rule.
+    """
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparta"
+    return Path(os.environ.get("SPARTA_CACHE") or own).expanduser()
 
 
 def write_json(path: Path, value: Any) -> None:
