@@ -90,8 +90,7 @@ def run_jobs(
 
 
 def _shares(jobs: Sequence[Job], scaling: ScalingConfig, capacity: Capacity) -> list[Sequence[Job]]:
-    slots = capacity.slots(worker_bundle(scaling, capacity), placement=scaling.placement)
-    num_groups = max(1, min(slots // scaling.max_workers, len(jobs)))
+    num_groups = min(capacity.groups(scaling), len(jobs))
     return [jobs[start::num_groups] for start in range(num_groups)]
 
 
