@@ -64,7 +64,13 @@ def search(
     space = checked_space(base)
     scaling = _trial_scaling(base)
     known = _known_trials(output, base)
-    table = Table(base.search.num_trials, list(space), known=known, show=on_trial)
+    table = Table(base.search.num_trials, list(space), known=known)
+
+    def tell(trial: Trial) -> None:
+        table.update(trial)
+        if on_trial is not None:
+            on_trial(trial)
+
     sweep = Sweep(uuid.uuid4().hex[:8], base, data, output, scaling, train)
     board = Board(
         output,
@@ -74,7 +80,7 @@ def search(
         num_trials=base.search.num_trials,
         objective=base.search.objectives[0],
         known=known,
-        on_trial=table.update,
+        on_trial=tell,
     )
     if board.num_left:
         if cluster_address(scaling) is None:
