@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+
+from pipeline.config.base import Section
 
 RECORD = "artifact.json"
 STARTED = "started.json"
@@ -41,19 +43,15 @@ def runs_root() -> Path:
     return Path("runs").absolute()
 
 
-class FileDigest(BaseModel):
+class FileDigest(Section):
     """Size in bytes and digest of one output file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int
     sha256: str
 
 
-class StageRecord(BaseModel):
+class StageRecord(Section):
     """The artifact of a finished stage, stored as `artifact.json` in its directory."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
     branch: str

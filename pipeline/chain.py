@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -20,9 +20,7 @@ from pipeline import artifacts
 from pipeline.artifacts import StageRecord
 from pipeline.config.tracking import redact
 from pipeline.stages.node import Finished, Node, StageContext, StageResult
-
-if TYPE_CHECKING:
-    from pipeline.stages.services import Services
+from pipeline.stages.services import Services
 
 _CURRENT = "current.txt"
 
@@ -143,7 +141,7 @@ class Chain:
 
     # --- doing ------------------------------------------------------------------------------------------------------
 
-    def execute(self, nodes: Iterable[Node[Any]], services: "Services") -> None:
+    def execute(self, nodes: Iterable[Node[Any]], services: Services) -> None:
         """Run what is not up to date. A node that fails blocks the nodes that need it and no others."""
         with self.alone():
             self._execute(list(nodes), services)
@@ -165,7 +163,7 @@ class Chain:
         with lock:
             yield
 
-    def _execute(self, nodes: Sequence[Node[Any]], services: "Services") -> None:
+    def _execute(self, nodes: Sequence[Node[Any]], services: Services) -> None:
         position = 0
         while position < len(nodes):
             first: Node[Any] = nodes[position]
@@ -191,7 +189,7 @@ class Chain:
             return decision
         return replace(decision, action=Action.BLOCKED, reason=f"not done ({decision.reason}) and not chosen to run")
 
-    def _run(self, batch: Sequence[Decision], services: "Services") -> None:
+    def _run(self, batch: Sequence[Decision], services: Services) -> None:
         """Run nodes of one stage together; each has a run of its own in MLflow and ends by itself."""
         if not batch:
             return
@@ -212,7 +210,7 @@ class Chain:
                     self._say(f"{decision.node.key:<34} done       after {seconds:.1f} s")
 
     @contextmanager
-    def _context(self, decision: Decision, services: "Services") -> Iterator[StageContext[Any]]:
+    def _context(self, decision: Decision, services: Services) -> Iterator[StageContext[Any]]:
         node, directory, inputs = decision.node, decision.directory, decision.inputs
         assert directory is not None
         assert inputs is not None

@@ -21,11 +21,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.artifacts import runs_root
-from pipeline.config.tracking import TrackingConfig
+from pipeline.config.base import mistake, one_line
+from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.lineage import Activation
 from pipeline.tracking.registry import Registry
 
 CHAMPION = "champion"
+_OPTIONS: dict[int | str, str] = {"uri": "--uri", "registry_model": "--model"}
 
 
 class RefusedError(Exception):
@@ -36,20 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user are one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        config = TrackingConfig.model_validate(
-            {key: value for key, value in (("uri", options.uri), ("registry_model", options.model)) if value}
-        )
-        options.run(Registry(config, options.root), options)
-    except ValidationError as error:
-        print(f"error: {error.errors()[0]['msg']}", file=sys.stderr)
-        return 2
+        options.run(Registry(_tracking(options), options.root), options)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(one_line(error))}", file=sys.stderr)
         return 2
     except (RefusedError, ConnectionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _tracking(options: argparse.Namespace) -> TrackingConfig:
+    """Raises ValueError with the names of the options that do not do."""
+    given = {"uri": options.uri, "registry_model": options.model}
+    try:
+        return TrackingConfig.model_validate({key: value for key, value in given.items() if value})
+    except ValidationError as error:
+        mistakes = (f"{_OPTIONS[detail['loc'][0]]}: {mistake(detail)}" for detail in error.errors())
+        raise ValueError("; ".join(mistakes)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,15 +117,15 @@ def _pull(registry: Registry, options: argparse.Namespace) -> None:
 
 
 def _push(registry: Registry, options: argparse.Namespace) -> None:
+    from pipeline.stages.freeze import bank_tags
     from sparta_models import ActivationBank
 
     if options.alias.lower() == CHAMPION:
         raise RefusedError(f"expected another alias than {CHAMPION}: push a candidate, then `promote` it with evidence")
     bank = ActivationBank.load(options.directory)
     tags = dict(_pair(text) for text in options.tag)
-    own = {"activation": bank.spec.name, "architecture": bank.architecture, "digest": bank.digest}
     found = registry.register(
-        options.directory, tags={**own, **tags}, description=options.description, alias=options.alias
+        options.directory, tags={**bank_tags(bank), **tags}, description=options.description, alias=options.alias
     )
     print(f"{found.reference} @{options.alias} sha256:{found.digest}")
 

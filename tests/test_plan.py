@@ -27,6 +27,7 @@ from pipeline.config.training import (
     TrainingConfig,
 )
 from pipeline.data import prepare
+from pipeline.data.build import _storage
 from pipeline.plan import estimate, table
 from pipeline.plan.__main__ import main
 from pipeline.plan.scale import Link, Machine, Training, scale
@@ -117,6 +118,20 @@ def test_an_npz_is_measured_by_its_headers_and_a_folder_by_what_one_is_told(tmp_
     told = expected_size(folder, PlanConfig(num_images=1000, num_classes=10))
     assert told is not None
     assert (told.train, told.side, told.num_classes) == (720, 224, 10)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"channels": 1}, {"loader": "memory"}, {"image_size": 64}, {"storage": "raw"}, {}, {"storage": "jpeg"}],
+    ids=str,
+)
+def test_a_folder_is_counted_as_jpeg_where_it_is_stored_as_jpeg(settings: dict[str, object]) -> None:
+    config = DataConfig.model_validate({"dataset": "folder", "path": "nowhere", **settings})
+    size = expected_size(config, PlanConfig(num_images=1000, num_classes=10))
+    assert size is not None
+    jpeg = _storage(config, size.side, size.channels, ".beton") == "jpeg"
+    assert jpeg == (settings in ({}, {"storage": "jpeg"}))
+    assert (size.bytes_per_image == size.side**2 * size.channels) == (not jpeg)
 
 
 def test_hours_follow_from_the_images_per_second_of_the_source() -> None:

@@ -2,7 +2,7 @@
 
 from pipeline.cluster.capacity import Capacity, ClusterTooSmall, preflight
 from pipeline.cluster.launch import TrainingFailed, launch, launch_many
-from pipeline.cluster.session import ensure_ray
+from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.signals import raised_as_such
 from pipeline.cluster.tasks import num_task_slots, run_tasks
 
@@ -10,6 +10,7 @@ __all__ = [
     "Capacity",
     "ClusterTooSmall",
     "TrainingFailed",
+    "cluster_address",
     "ensure_ray",
     "launch",
     "launch_many",

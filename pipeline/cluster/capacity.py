@@ -52,6 +52,10 @@ class Capacity:
             return max(per_node, default=0)
         return sum(per_node)
 
+    def groups(self, scaling: ScalingConfig) -> int:
+        """How many trainings of the workers of `scaling` there is room for side by side; at least one."""
+        return max(1, self.slots(worker_bundle(scaling, self), placement=scaling.placement) // scaling.max_workers)
+
     def describe(self, names: Sequence[str]) -> str:
         """For example "CPU=8, GPU=0 on 2 nodes"."""
         amounts = ", ".join(f"{name}={self.total(name):g}" for name in names)

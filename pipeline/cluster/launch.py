@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -23,9 +23,7 @@ from pipeline.cluster.session import cluster_address, ensure_ray, start_thread
 from pipeline.cluster.worker import Job, Train, Work, run_work
 from pipeline.config.scaling import ScalingConfig
 from pipeline.tracking.journal import Entry, read_journal
-
-if TYPE_CHECKING:
-    from pipeline.training import TrainedModel, TrainingStopped, TrainJob
+from pipeline.training import TrainedModel, TrainingStopped, TrainJob, train
 
 Result = TypeVar("Result", bound=BaseModel)
 OnProgress = Callable[[Any, Entry], None]
@@ -43,7 +41,7 @@ class TrainingFailed(Exception):  # noqa: N818 - reads as the sentence it is
         self.details = details
 
 
-def launch(job: "TrainJob", scaling: ScalingConfig, *, on_progress: OnProgress | None = None) -> "TrainedModel":
+def launch(job: TrainJob, scaling: ScalingConfig, *, on_progress: OnProgress | None = None) -> TrainedModel:
     """Train one job in Ray Train workers; see `launch_many`. Raises what became of it, or ClusterTooSmall."""
     (result,) = launch_many([job], scaling, on_progress=on_progress)
     if isinstance(result, Exception):
@@ -52,8 +50,8 @@ def launch(job: "TrainJob", scaling: ScalingConfig, *, on_progress: OnProgress |
 
 
 def launch_many(
-    jobs: Sequence["TrainJob"], scaling: ScalingConfig, *, on_progress: OnProgress | None = None
-) -> "list[TrainedModel | TrainingFailed | TrainingStopped]":
+    jobs: Sequence[TrainJob], scaling: ScalingConfig, *, on_progress: OnProgress | None = None
+) -> list[TrainedModel | TrainingFailed | TrainingStopped]:
     """Train independent jobs; one result for each, in order. A job that fails does not take the others along.
 
     Every job has the workers and the result that it would have alone. A worker or node that dies is replaced and the
@@ -63,8 +61,6 @@ def launch_many(
 
     Raises ClusterTooSmall when the cluster can never hold one job, ConnectionError when it does not answer.
     """
-    from pipeline.training import TrainedModel, train
-
     return run_jobs(jobs, scaling, train=train, result_type=TrainedModel, on_progress=on_progress)
 
 
@@ -76,7 +72,7 @@ def run_jobs(
     result_type: type[Result],
     on_progress: OnProgress | None = None,
     run: str | None = None,
-) -> "list[Result | TrainingFailed | TrainingStopped]":
+) -> list[Result | TrainingFailed | TrainingStopped]:
     """`launch_many` for any `train(job, context)` that returns a `result_type`. Outcomes are filed under `run`."""
     if cluster_address(scaling) is None:
         preflight(scaling)  # refused before a Ray of its own is started
@@ -94,8 +90,7 @@ def run_jobs(
 
 
 def _shares(jobs: Sequence[Job], scaling: ScalingConfig, capacity: Capacity) -> list[Sequence[Job]]:
-    slots = capacity.slots(worker_bundle(scaling, capacity), placement=scaling.placement)
-    num_groups = max(1, min(slots // scaling.max_workers, len(jobs)))
+    num_groups = min(capacity.groups(scaling), len(jobs))
     return [jobs[start::num_groups] for start in range(num_groups)]
 
 
@@ -177,7 +172,7 @@ def _settle(job: Job, outcome: Outcome) -> None:
 
 
 def _fit(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
-    from ray import train
+    import ray.train
     from ray.train.torch import TorchConfig
 
     gpu = uses_gpu(scaling, capacity)
@@ -185,21 +180,21 @@ def _fit(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
     trainer = _trainer_class()(
         partial(run_work, work),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(scaling.collective_timeout)),
-        scaling_config=train.ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=gpu,
             resources_per_worker=worker_bundle(scaling, capacity),
             placement_strategy=scaling.placement,
             elastic_resize_monitor_interval_s=scaling.resize_interval,
         ),
-        run_config=train.RunConfig(
+        run_config=ray.train.RunConfig(
             # Ray takes up a run whose name it knows and then trains nothing. Resuming is the jobs' own affair.
             name=f"sparta-{work.run}-{uuid.uuid4().hex[:8]}",
             storage_path=str(storage.resolve()),
-            failure_config=train.FailureConfig(
+            failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=scaling.start_attempts - 1
             ),
-            logging_config=train.LoggingConfig(log_level="WARNING"),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     trainer.fit()
@@ -220,9 +215,7 @@ def _trainer_class() -> Any:
     return WithoutCleaner
 
 
-def _result(job: Job, run: str, result_type: type[Result]) -> "Result | TrainingFailed | TrainingStopped":
-    from pipeline.training import TrainingStopped
-
+def _result(job: Job, run: str, result_type: type[Result]) -> Result | TrainingFailed | TrainingStopped:
     outcome = load_outcome(job.output, run)
     if outcome is None:
         return TrainingFailed(f"left no outcome in {job.output}; is the disk full? The same job goes on from there")

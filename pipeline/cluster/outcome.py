@@ -10,21 +10,20 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.artifacts import write_atomic
+from pipeline.config.base import Section
 
 _NAME = "outcome.json"
 
 
-class Outcome(BaseModel):
+class Outcome(Section):
     """The end of one job in one run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
     state: Literal["done", "failed", "stopped"]
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = Field(default_factory=dict)
     """What the job returned, as JSON."""
     error: str = ""
     """Type and message of the exception, on one line; of a stopped job, where it stopped."""

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 
 from pipeline.cluster.outcome import done, failed, load_outcome, stop_requested, stopped
+from pipeline.training import Context, TrainingStopped
 
 
 class Job(Protocol):
@@ -48,8 +49,6 @@ def run_work(work: Work) -> None:
 
 
 def _run_job(job: Job, work: Work) -> None:
-    from pipeline.training import TrainingStopped
-
     context = _context(job)
     try:
         result = work.train(job, context)
@@ -79,11 +78,9 @@ def worth_retrying(error: Exception) -> bool:
     return isinstance(error, OSError | RuntimeError | RayError) and not isinstance(error, torch.OutOfMemoryError)
 
 
-def _context(job: Job) -> Any:
+def _context(job: Job) -> Context:
     import ray.train
     import ray.train.torch
-
-    from pipeline.training import Context
 
     def report(metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
         # Metrics only: the loop's own checkpoints are atomic, verified and already on the shared filesystem.

@@ -4,20 +4,42 @@ from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+_MISTAKES = 5
+_SHOWN_CHARACTERS = 200
 
 
 class Section(BaseModel):
-    """A frozen group of settings. An unknown key is an error, so that a misspelling never passes in silence."""
+    """A frozen group of settings, or a record. An unknown key is an error: a misspelling never passes in silence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def one_line(error: Exception) -> str:
-    """The message of an exception on one line; of pydantic's, every mistake with its place."""
+    """The message of an exception on one line; of pydantic's, the first mistakes, each with its place."""
     if isinstance(error, ValidationError):
-        mistakes = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
-        return " ".join("; ".join(mistakes).split())
+        details = error.errors()
+        mistakes = [f"{'.'.join(map(str, e['loc']))}: {mistake(e)}".removeprefix(": ") for e in details[:_MISTAKES]]
+        more = [f"and {len(details) - _MISTAKES} more"] if len(details) > _MISTAKES else []
+        return " ".join("; ".join([*mistakes, *more]).split())
     return " ".join(str(error).split())
+
+
+def mistake(detail: ErrorDetails) -> str:
+    """What pydantic found wrong, without its place: what was expected and, where that tells anything, what came."""
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":  # our own, which say it all
+        return message
+    if detail["type"] == "missing":
+        return "expected a value, got none"
+    message = f"{message[0].lower()}{message[1:]}"
+    if detail["type"] == "json_invalid":  # what came is a whole file
+        return message
+    got = repr(detail["input"])
+    # Not the beginning of it: a password that is cut in two is no longer known for one.
+    shown = got if len(got) <= _SHOWN_CHARACTERS else f"{type(detail['input']).__name__} of {len(got)} characters"
+    return f"{message}, got {shown}"
 
 
 def parse_fraction(value: Any) -> Any:

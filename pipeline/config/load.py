@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.base import Section, one_line
+from pipeline.config.base import Section, mistake, one_line
 from pipeline.config.chain import ChainConfig
 from tune_spaces.loading import yaml_loader
 
@@ -106,15 +106,10 @@ def _set(container: Any, path: Sequence[str], value: Any, key: str) -> Any:
 
 def _explain(detail: ErrorDetails) -> str:
     where = ".".join(str(part) for part in detail["loc"]) or "configuration"
-    message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         known = _fields_at(ChainConfig, detail["loc"][:-1])
         return f"unknown key {where!r}{_close(str(detail['loc'][-1]), known)}; known here: {', '.join(known)}"
-    if detail["type"] == "value_error":
-        return f"{where}: {message}"
-    if detail["type"] == "missing":
-        return f"{where}: expected a value, got none"
-    return f"{where}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+    return f"{where}: {mistake(detail)}"
 
 
 def _close(name: str, known: Sequence[str]) -> str:

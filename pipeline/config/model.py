@@ -64,6 +64,11 @@ class ArchitectureConfig(Section):
             raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
         return name
 
+    @property
+    def label(self) -> str:
+        """Name and options in words, e.g. "resnet8 width=16"."""
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
+
 
 class ModelConfig(ArchitectureConfig):
     """An architecture together with the activation at its sites."""

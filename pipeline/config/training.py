@@ -252,6 +252,10 @@ class SelectionConfig(Section):
     batch_size: int = Field(default=256, ge=1)
     """Images per validation batch and worker."""
 
+    def num_judged(self, num_images: int) -> int:
+        """How many of a validation split of `num_images` are attacked."""
+        return num_images if self.max_samples is None else min(num_images, self.max_samples)
+
 
 class EarlyStoppingConfig(Section):
     """End the training when the selection metric no longer improves (against robust overfitting, arXiv 2002.11569)."""

@@ -1,6 +1,6 @@
 """Data: any source -> verified splits on disk -> batches that depend on the seed alone."""
 
-from pipeline.data.build import identity, prepare
+from pipeline.data.build import identity, prepare, wants_jpeg
 from pipeline.data.errors import DataError, FfcvMissingWarning
 from pipeline.data.loader import Loader
 from pipeline.data.prepared import PreparedData, SplitInfo, open_split
@@ -16,4 +16,5 @@ __all__ = [
     "open_split",
     "prepare",
     "publish",
+    "wants_jpeg",
 ]

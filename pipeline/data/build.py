@@ -220,12 +220,17 @@ def _image_size(config: DataConfig, source: Source) -> int:
 
 
 def _storage(config: DataConfig, size: int, channels: int, suffix: str) -> Storage:
+    if config.storage == "jpeg" and channels == 1:
+        raise DataError("data.storage=jpeg holds RGB images; set data.channels=3 or data.storage=raw")
+    jpeg = wants_jpeg(config, size, channels) and (config.storage == "jpeg" or suffix == ".beton")
+    return "jpeg" if jpeg else "raw"
+
+
+def wants_jpeg(config: DataConfig, size: int, channels: int) -> bool:
+    """Whether images of this size are stored as JPEG where FFCV, which alone can decode it, is there."""
     if config.storage != "auto":
-        if config.storage == "jpeg" and channels == 1:
-            raise DataError("data.storage=jpeg holds RGB images; set data.channels=3 or data.storage=raw")
-        return config.storage
-    jpeg = config.dataset == "folder" and size > _LARGE and channels == 3
-    return "jpeg" if jpeg and suffix == ".beton" and config.loader != "memory" else "raw"
+        return config.storage == "jpeg"
+    return config.dataset == "folder" and size > _LARGE and channels == 3 and config.loader != "memory"
 
 
 def _may_be_jpeg(config: DataConfig) -> bool:

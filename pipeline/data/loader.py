@@ -40,11 +40,6 @@ class Loader:
         """Batches per epoch: equal on every rank."""
         return len(self._order)
 
-    @property
-    def num_samples(self) -> int:
-        """Samples that this rank sees per epoch."""
-        return self._order.samples_per_epoch
-
     def may_pause(self, batch: int) -> bool:
         """Whether any number of ranks can take up the epoch after `batch` batches; see `Order.may_pause`."""
         return self._order.may_pause(batch)

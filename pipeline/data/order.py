@@ -1,6 +1,5 @@
 """Which samples make which batch: a function of (seed, epoch, rank, world size) and nothing else."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,8 +22,8 @@ class Order:
     number of ranks, for an equal global batch.
 
     Raises:
-        DataError: fewer samples than ranks, or than a global batch with drop_last; with `joint`, less than two samples
-            of a global batch for each of several ranks.
+        DataError: fewer samples than ranks; with `joint`, less than two samples of a global batch for each of several
+            ranks.
     """
 
     num_samples: int
@@ -33,7 +32,6 @@ class Order:
     shuffle: bool = False
     rank: int = 0
     world_size: int = 1
-    drop_last: bool = False
     joint: bool = False
 
     def __post_init__(self) -> None:
@@ -47,11 +45,6 @@ class Order:
             raise DataError(
                 f"a joint batch_size expected at least 2 samples for each of {self.world_size} ranks, got "
                 f"{self.batch_size}; use fewer ranks"
-            )
-        if not len(self):
-            raise DataError(
-                f"drop_last leaves no batch: {self.num_samples} samples are fewer than {self.world_size} ranks x "
-                f"batch_size {self.batch_size}; use a smaller batch_size"
             )
 
     @property
@@ -73,7 +66,7 @@ class Order:
         full = self.num_samples // step * step
         bounds = list(range(0, full + 1, step))
         rest = self.num_samples - full
-        if rest and not self.drop_last:
+        if rest:
             # Too few for one sample per rank: the last two global batches share evenly, or become one.
             if rest < self.world_size and step >= 2 * self.world_size:
                 bounds[-1] -= (step - rest) // 2
@@ -85,21 +78,12 @@ class Order:
     def __len__(self) -> int:
         return len(self._bounds()) - 1
 
-    @property
-    def samples_per_epoch(self) -> int:
-        """How many samples this rank sees per epoch."""
-        return sum(len(range(a + self.rank, b, self.world_size)) for a, b in self._pairs())
-
-    def _pairs(self) -> Iterator[tuple[int, int]]:
-        bounds = self._bounds()
-        return pairwise(bounds)
-
     def batches(self, epoch: int) -> list[Indices]:
         """Positions in the split, one array per batch."""
         order = np.arange(self.num_samples)
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch, _ORDER]).permutation(self.num_samples)
-        return [order[a + self.rank : b : self.world_size] for a, b in self._pairs()]
+        return [order[a + self.rank : b : self.world_size] for a, b in pairwise(self._bounds())]
 
     def generator(self, epoch: int, batch: int) -> torch.Generator:
         """The source of randomness of one batch's augmentation: any batch can be redone without those before it."""

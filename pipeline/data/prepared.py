@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PrivateAttr, ValidationError
 
 from pipeline.artifacts import sha256_of
-from pipeline.config.base import Section
+from pipeline.config.base import Section, one_line
 from pipeline.config.data import AugmentConfig, LoaderName
 from pipeline.data.errors import DataError
 from pipeline.data.loader import Loader
@@ -90,9 +90,7 @@ class PreparedData(Section):
                 "run the prepare stage; for several nodes use a shared folder, or set data.mirror to a URL"
             ) from None
         except ValidationError as error:
-            raise DataError(
-                f"{directory / RECORD_NAME}: {error.errors()[0]['msg']}; run the prepare stage again"
-            ) from error
+            raise DataError(f"{directory / RECORD_NAME}: {one_line(error)}; run the prepare stage again") from error
         except ValueError as error:
             raise DataError(f"{directory / RECORD_NAME} is not JSON ({error}); run the prepare stage again") from error
         prepared._directory = directory
@@ -163,7 +161,6 @@ def open_split(
     augment: AugmentConfig | None = None,
     rank: int = 0,
     world_size: int = 1,
-    drop_last: bool = False,
     device: str | torch.device = "cpu",
     loader: LoaderName = "auto",
     workers: int | None = None,
@@ -191,7 +188,7 @@ def open_split(
 
         path = copy_to_node(prepared.path(split), prepared.node_cache)
     count = prepared.splits[split].count if positions is None else len(positions)
-    order = Order(count, batch_size, seed, shuffle, rank, world_size, drop_last, joint)
+    order = Order(count, batch_size, seed, shuffle, rank, world_size, joint)
     reader = open_reader(path, sidecar, prepared.loader if loader == "auto" else loader)
     if positions is not None:
         reader = Chosen(reader, positions)

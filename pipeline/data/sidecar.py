@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pipeline.artifacts import sha256_of, write_atomic
-from pipeline.config.base import Section
+from pipeline.config.base import Section, one_line
 from pipeline.data.errors import DataError
 
 FORMAT_VERSION = 1
@@ -84,9 +84,7 @@ def read_sidecar(path: Path) -> Sidecar:
     try:
         return Sidecar.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{place}: {where}: {first['msg']}; {_REBUILD}") from error
+        raise DataError(f"{place}: {one_line(error)}; {_REBUILD}") from error
 
 
 def check_file(path: Path, sidecar: Sidecar) -> None:
@@ -129,10 +127,12 @@ def _offsets(size: int, num_blocks: int) -> Iterator[int]:
 
 
 def cache_root() -> Path:
-    """Where this machine keeps what it has verified or fetched: SPARTA_CACHE, else the user's cache folder."""
-    if place := os.environ.get("SPARTA_CACHE"):
-        return Path(place)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparta"
+    """Where this machine keeps what it has verified or fetched: SPARTA_CACHE, else `sparta` in the user's cache folder.
+
+    The same folder as that of the compiled kernels, for which `sparta_models.kernels` has the same rule.
+    """
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparta"
+    return Path(os.environ.get("SPARTA_CACHE") or own).expanduser()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,7 @@ so only the authors' own bytes are ever unpickled; SVHN and STL-10 are compared 
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -17,14 +17,43 @@ from pipeline.data.errors import DataError
 from pipeline.data.folder import FileImages
 from pipeline.data.sources import Source, SourceSplit
 
-_FILES = {
-    "mnist": "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
-    "fashion_mnist": "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
-    "cifar10": "cifar-10-python.tar.gz",
-    "cifar100": "cifar-100-python.tar.gz",
-    "svhn": "train_32x32.mat and test_32x32.mat",
-    "gtsrb": "gtsrb/GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip, unpacked",
-    "stl10": "stl10_binary.tar.gz",
+_IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
+
+
+class VisionSet(NamedTuple):
+    """One of torchvision's data sets, as it delivers it."""
+
+    kind: str
+    """Its class there."""
+    files: str
+    """What belongs below `data.root`, for those who put it there themselves."""
+    train: int
+    """Training images."""
+    test: int
+    """Test images."""
+    num_classes: int
+    side: int = 32
+    """Of the square images that are made of it."""
+    channels: int = 3
+    by_split: bool = False
+    """Whether it is opened by split="train" or "test", not by train=True or False."""
+
+
+VISION_SETS = {
+    "mnist": VisionSet("MNIST", f"MNIST/raw/{_IDX}", 60_000, 10_000, 10, side=28, channels=1),
+    "fashion_mnist": VisionSet("FashionMNIST", f"FashionMNIST/raw/{_IDX}", 60_000, 10_000, 10, side=28, channels=1),
+    "cifar10": VisionSet("CIFAR10", "cifar-10-python.tar.gz", 50_000, 10_000, 10),
+    "cifar100": VisionSet("CIFAR100", "cifar-100-python.tar.gz", 50_000, 10_000, 100),
+    "svhn": VisionSet("SVHN", "train_32x32.mat and test_32x32.mat", 73_257, 26_032, 10, by_split=True),
+    "gtsrb": VisionSet(
+        "GTSRB",
+        "gtsrb/GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip, unpacked",
+        26_640,
+        12_630,
+        43,
+        by_split=True,
+    ),
+    "stl10": VisionSet("STL10", "stl10_binary.tar.gz", 5_000, 8_000, 10, side=96, by_split=True),
 }
 
 
@@ -36,21 +65,17 @@ def vision_source(config: DataConfig) -> Source:
     """
     from torchvision import datasets
 
-    open_split: dict[str, Callable[..., Any]] = {
-        "mnist": lambda train, **rest: datasets.MNIST(train=train, **rest),
-        "fashion_mnist": lambda train, **rest: datasets.FashionMNIST(train=train, **rest),
-        "cifar10": lambda train, **rest: datasets.CIFAR10(train=train, **rest),
-        "cifar100": lambda train, **rest: datasets.CIFAR100(train=train, **rest),
-        "svhn": lambda train, **rest: datasets.SVHN(split="train" if train else "test", **rest),
-        "gtsrb": lambda train, **rest: datasets.GTSRB(split="train" if train else "test", **rest),
-        "stl10": lambda train, **rest: datasets.STL10(split="train" if train else "test", **rest),
-    }
-    opened = {split: _opened(open_split[config.dataset], config, train) for split, train in _SPLITS.items()}
+    known = VISION_SETS[config.dataset]
+    kind = getattr(datasets, known.kind)
+
+    def factory(*, train: bool, **rest: Any) -> Any:
+        part = {"split": "train" if train else "test"} if known.by_split else {"train": train}
+        return kind(**part, **rest)
+
+    opened = {split: _opened(factory, config, train) for split, train in _SPLITS.items()}
     splits = {split: _split(dataset) for split, dataset in opened.items()}
     names = _class_names(opened["train"], splits["train"])
-    grey = config.dataset in ("mnist", "fashion_mnist")
-    size = 28 if grey else 96 if config.dataset == "stl10" else 32
-    return Source(config.dataset, names, splits, size=size, channels=1 if grey else 3)
+    return Source(config.dataset, names, splits, size=known.side, channels=known.channels)
 
 
 _SPLITS = {"train": True, "test": False}
@@ -69,10 +94,10 @@ def _opened(factory: Callable[..., Any], config: DataConfig, train: bool) -> Any
                 return factory(train=train, root=root, download=False)
             return factory(train=train, root=root, download=True)
     except troubles as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason, place = " ".join(f"{type(error).__name__}: {error}".split()), root.absolute()
         raise DataError(
-            f"data.dataset={config.dataset}: not in {root.absolute()}, or damaged there, and the download failed "
-            f"({reason}). Put {_FILES[config.dataset]} into {root.absolute()}, or set data.root to where it is"
+            f"data.dataset={config.dataset}: not in {place}, or damaged there, and the download failed "
+            f"({reason}). Put {VISION_SETS[config.dataset].files} into {place}, or set data.root to where it is"
         ) from error
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from pipeline.artifacts import runs_root
+from pipeline.config.base import one_line
 from pipeline.config.evaluation import SUITES, EvaluationConfig
 from pipeline.evaluation.audit.confusion import confusion_table
 from pipeline.evaluation.blocks import evaluating, load_arrays, predict
@@ -26,14 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValidationError as error:
-        first = error.errors()[0]
-        print(
-            f"error: {'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}", file=sys.stderr
-        )
-        return 2
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

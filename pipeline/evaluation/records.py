@@ -8,7 +8,7 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.artifacts import digest_file, write_atomic
-from pipeline.config.base import Section
+from pipeline.config.base import Section, one_line
 from pipeline.config.evaluation import EvaluationConfig, ThreatModel
 from pipeline.evaluation.stats import Accuracy
 
@@ -170,8 +170,7 @@ class Evaluation(_Record):
         except FileNotFoundError:
             raise ValueError(f"expected {RECORD} in {directory}, found none: evaluate the model first") from None
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{directory / RECORD} is not an evaluation: {reason}") from error
+            raise ValueError(f"{directory / RECORD} is not an evaluation: {one_line(error)}") from error
 
     def arrays(self, directory: Path) -> dict[str, npt.NDArray[np.generic]]:
         """The verified arrays beside the record: index, y, predicted, correct/..., picture/..., x, x_adv where kept."""

@@ -147,8 +147,7 @@ def training_of(config: ChainConfig) -> Training:
 def _training(config: ChainConfig, data: DataSize, network: Network) -> Training:
     training = config.training
     selection = training.selection
-    judged = min(data.val, selection.max_samples or data.val)
-    passes = data.val + judged * 2 * selection.attack.steps * selection.attack.restarts
+    passes = data.val + selection.num_judged(data.val) * 2 * selection.attack.steps * selection.attack.restarts
     state = network.state_bytes * (2 if training.ema else 1) + 4 * network.parameters
     return Training(
         epochs=training.epochs,

@@ -8,9 +8,10 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.data import DataError, PreparedData
+from pipeline.data import DataError, PreparedData, wants_jpeg
 from pipeline.data.errors import UNREADABLE_NPZ
 from pipeline.data.paths import as_url, resolve_path
+from pipeline.data.vision import VISION_SETS
 
 _FOLDER_SIDE = 224
 _JPEG_BYTES_PER_PIXEL = 0.4  # of a photograph at quality 90; measured for no data set in particular
@@ -41,16 +42,10 @@ class _Origin(NamedTuple):
     num_classes: int
 
 
-# As torchvision and scikit-learn deliver them; test 0: held out of the training images.
-_KNOWN = {
-    "digits": _Origin(1_797, 0, 8, 1, 10),
-    "mnist": _Origin(60_000, 10_000, 28, 1, 10),
-    "fashion_mnist": _Origin(60_000, 10_000, 28, 1, 10),
-    "cifar10": _Origin(50_000, 10_000, 32, 3, 10),
-    "cifar100": _Origin(50_000, 10_000, 32, 3, 100),
-    "svhn": _Origin(73_257, 26_032, 32, 3, 10),
-    "gtsrb": _Origin(26_640, 12_630, 32, 3, 43),
-    "stl10": _Origin(5_000, 8_000, 96, 3, 10),
+# Test 0: held out of the training images.
+_KNOWN = {"digits": _Origin(1_797, 0, 8, 1, 10)} | {
+    name: _Origin(known.train, known.test, known.side, known.channels, known.num_classes)
+    for name, known in VISION_SETS.items()
 }
 
 
@@ -86,7 +81,7 @@ def expected_size(config: DataConfig, plan: PlanConfig) -> DataSize | None:
         train -= test
     val = train * config.val_fraction
     side, channels = config.image_size or origin.side, config.channels or origin.channels
-    jpeg = config.storage == "jpeg" or (config.storage == "auto" and config.dataset == "folder" and side > 64)
+    jpeg = wants_jpeg(config, side, channels)
     stored = config.max_side**2 * _JPEG_BYTES_PER_PIXEL if jpeg else side**2 * channels
     limit = config.limit
     return DataSize(

@@ -28,6 +28,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.data import DataError, PreparedData
 from pipeline.data.paths import as_url, resolve_path
+from pipeline.evaluation.blocks import OTHER_ATTACKS
 from pipeline.plan.sizes import DataSize, expected_size, prepared_size
 from pipeline.stages.evaluate import EvaluateTask
 from pipeline.stages.fit import built
@@ -37,7 +38,6 @@ from pipeline.stages.search import SearchTask
 from pipeline.stages.train import TrainTask
 from pipeline.training.methods import step_cost
 
-_OTHER_THREAT = 20 + 50  # steps of the two attacks under every other threat
 # AutoAttack of one image that withstands it all: APGD-CE 100 steps, APGD-T and FAB-T 9 targets x 100, Square 5,000.
 _AUTOATTACK = 2 * 100 + 2 * 900 + 2 * 900 + 5000
 _CHECKPOINTS = 2
@@ -111,10 +111,9 @@ def step_passes(training: TrainingConfig) -> float:
 
 def training_flops(network: Network, training: TrainingConfig, data: DataSize) -> float:
     """Of a whole training: its steps, and the validations that select the epoch."""
-    validated = min(data.val, training.selection.max_samples or data.val)
     attack = training.selection.attack
     validations = -(-training.epochs // training.selection.every)
-    judged = validations * (data.val + validated * 2 * attack.steps * attack.restarts)
+    judged = validations * (data.val + training.selection.num_judged(data.val) * 2 * attack.steps * attack.restarts)
     return network.flops * (training.epochs * data.train * step_passes(training) + judged)
 
 
@@ -122,7 +121,7 @@ def evaluation_flops(network: Network, config: EvaluationConfig, data: DataSize)
     """Of a whole evaluation without its audit, if no attack succeeded: attacks stop at what they have fooled."""
     n = min(data.test, config.num_examples or data.test)
     passes = 1 + sum(_attack_passes(attack, data.num_classes) for attack in config.attacks)
-    passes += 2 * _OTHER_THREAT * len(config.other_threats)
+    passes += len(config.other_threats) * sum(_attack_passes(attack, data.num_classes) for attack in OTHER_ATTACKS)
     curve = 2 * config.curve.steps * len(config.curve.multiples) * min(n, config.curve.num_examples or n)
     return network.flops * (n * passes + curve)
 

@@ -20,6 +20,7 @@ from pipeline.report.gates import responses
 from pipeline.report.inputs import ModelCard, ReportInputs
 from pipeline.report.pictures import Gallery, gallery, write_sheet
 from pipeline.report.tables import write_tables
+from pipeline.training import load_model
 
 PAGE = "report.html"
 _OURS = re.compile(
@@ -40,7 +41,7 @@ class Report(NamedTuple):
 
 
 def build_report(
-    inputs: ReportInputs, output: Path, config: ReportConfig | None = None, *, load: ModelLoader | None = None
+    inputs: ReportInputs, output: Path, config: ReportConfig | None = None, *, load: ModelLoader = load_model
 ) -> Report:
     """Write the report into `output`, replacing an earlier one.
 
@@ -48,7 +49,7 @@ def build_report(
         inputs: the records it is made of.
         output: directory of report.html, the PNG, CSV and JSON files.
         config: what it shows.
-        load: reads a model directory, in eval mode on the CPU; None: `pipeline.training.load_model`.
+        load: reads a model directory, in eval mode on the CPU.
 
     Raises:
         ValueError: when the arrays of an evaluation are missing or altered.
@@ -56,7 +57,7 @@ def build_report(
     config = config or ReportConfig()
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".report-") as scratch:
-        _write(inputs, Path(scratch), config, load or _load_model)
+        _write(inputs, Path(scratch), config, load)
         made = sorted(path.name for path in Path(scratch).iterdir())
         for name in sorted(made, key=lambda name: name == PAGE):  # the page last: it shows that all is there
             (Path(scratch) / name).replace(output / name)
@@ -92,12 +93,6 @@ def _write(inputs: ReportInputs, output: Path, config: ReportConfig, load: Model
     )
     (output / PAGE).write_text(page, encoding="utf-8")
     write_tables(inputs, summary, output)
-
-
-def _load_model(directory: Path) -> torch.nn.Module:
-    from pipeline.training import load_model
-
-    return load_model(directory)
 
 
 def _load_models(inputs: ReportInputs, load: ModelLoader, *, needed: bool) -> dict[str, torch.nn.Module]:

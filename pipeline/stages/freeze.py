@@ -1,18 +1,15 @@
 """freeze: the activation, trained here or brought from elsewhere, becomes a version in the registry."""
 
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from pipeline.artifacts import MODEL
 from pipeline.config.bank import BankConfig
-from pipeline.config.base import one_line
+from pipeline.config.base import Section, one_line
 from pipeline.config.load import ConfigError
-from pipeline.config.training import TrainingConfig
+from pipeline.config.training import SelectionConfig, TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.data.paths import resolve_path
 from pipeline.evaluation.stats import Accuracy
@@ -27,10 +24,8 @@ BANK = "bank"
 ALIAS = "candidate"
 
 
-class FrozenBank(BaseModel):
+class FrozenBank(Section):
     """Where the frozen activation is, by digest and by its pinned version in the registry."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     directory: str
     """Folder below the stage's directory."""
@@ -114,14 +109,18 @@ def _take_in(context: StageContext[BankTask]) -> StageResult:
     return _result(context, bank, _version(context, bank), alias=None)
 
 
+def bank_tags(bank: ActivationBank) -> dict[str, str]:
+    """What every version in the registry says of its activation."""
+    return {"architecture": bank.architecture, "activation": bank.spec.name, "digest": bank.digest}
+
+
 def _version(context: StageContext[BankTask], bank: ActivationBank) -> str | None:
     """The version of the registry that holds the bank, a new one where there is none; None while MLflow is away."""
     directory, label = context.directory / BANK, context.task.config.label
     try:
         known = context.services.registry.holding(bank_digest(directory)).reference
     except (ValueError, ConnectionError):
-        own = {"architecture": bank.architecture, "activation": bank.spec.name, "digest": bank.digest}
-        tags = {**bank.source, **own, "schema": str(SCHEMA), "taken_from": label}
+        tags = {**bank.source, **bank_tags(bank), "schema": str(SCHEMA), "taken_from": label}
         description = f"{bank.spec.name} activation of {bank.architecture}, trained elsewhere ({label})."
         return context.run.register(directory, tags=tags, description=description, alias=None)
     context.run.activation(known)
@@ -159,9 +158,7 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
     ActivationBank.load(directory)  # what was written is what will be read
     tags = {
         **facts,
-        "architecture": bank.architecture,
-        "activation": bank.spec.name,
-        "digest": bank.digest,
+        **bank_tags(bank),
         "schema": str(SCHEMA),
         "variant": ", ".join(sorted({site.variant for site in model.modules() if isinstance(site, Sparta)})),
         **_accuracies(trained, source, prepared),
@@ -177,8 +174,8 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
 
 def _accuracies(trained: TrainedModel, source: Finished, prepared: PreparedData) -> dict[str, str]:
     """Validation accuracies with their Wilson intervals. Those on test images come with the promotion."""
-    judged = source.record.inputs["sections"]["training"]["selection"]["max_samples"]
-    n = min(prepared.splits["val"].count, judged or sys.maxsize)
+    selection = SelectionConfig.model_validate(source.record.inputs["sections"]["training"]["selection"])
+    n = selection.num_judged(prepared.splits["val"].count)
     return {
         f"val_{name}": str(Accuracy.of(round(value * n), n))
         for name, value in (("clean", trained.val_clean), ("robust", trained.val_robust))

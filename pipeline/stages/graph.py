@@ -12,16 +12,15 @@ from typing import Any
 from pipeline.config.chain import ChainConfig, TransferTarget
 from pipeline.config.data import DataConfig
 from pipeline.config.load import overlay
-from pipeline.config.model import ActivationConfig, ArchitectureConfig, ModelConfig
 from pipeline.stages.evaluate import EvaluateTask, evaluate_node
 from pipeline.stages.fit import check_fit, check_networks
 from pipeline.stages.freeze import FreezeTask, bank_node, freeze_node, frozen_bank, threat_in_words
 from pipeline.stages.node import Finished, Node
-from pipeline.stages.prepare import SOURCE_DATA, PrepareTask, data_key, prepare_node
+from pipeline.stages.prepare import SOURCE_DATA, PrepareTask, prepare_node
 from pipeline.stages.report import ReportedModel, ReportTask, report_node
 from pipeline.stages.search import SearchTask, TunedConfig, search_node
 from pipeline.stages.study import study_nodes
-from pipeline.stages.train import TrainTask, train_node
+from pipeline.stages.train import target_task, train_node
 
 STAGES = ("prepare", "search", "pretrain", "freeze", "transfer", "evaluate", "report")
 _SOURCE_NAME = "source"
@@ -80,8 +79,8 @@ def tail(config: ChainConfig) -> list[Node[Any]]:
 
 def _chain_nodes(config: ChainConfig) -> list[Node[Any]]:
     models = reported_models(config)
-    pretrain = [_train(model) for model in models if model.target == _SOURCE_NAME]
-    transfer = [_train(model) for model in models if model.target != _SOURCE_NAME]
+    pretrain = [train_node(model.trained, model.task) for model in models if model.target == _SOURCE_NAME]
+    transfer = [train_node(model.trained, model.task) for model in models if model.target != _SOURCE_NAME]
     freeze = [] if config.bank else [freeze_node(FreezeTask(_SOURCE, SOURCE_DATA, threat_in_words(config.training)))]
     evaluations = [_evaluation(config, model) for model in models]
     search = _SEARCH if config.search.enabled else None
@@ -110,15 +109,7 @@ def _reported(config: ChainConfig, target: TransferTarget, *, control: bool) -> 
     frozen = not is_source and not control
     own, twin = (f"{target.name}-control", target.name) if control else (target.name, f"{target.name}-control")
     activation = config.control if control else config.model.activation
-    task = TrainTask(
-        model=_model(target.model or config.model, activation),
-        augment=target.augment or config.augment,
-        training=target.training or config.training,
-        seed=config.seed,
-        data=data_key(target),
-        bank=_BANK if frozen else None,
-        adapt=target.adapt if frozen else None,
-    )
+    task = target_task(config, target, activation, seed=config.seed, bank=_BANK if frozen else None)
     return ReportedModel(
         branch=own,
         target=target.name,
@@ -130,15 +121,6 @@ def _reported(config: ChainConfig, target: TransferTarget, *, control: bool) -> 
         activation=activation.name,
         task=task,
     )
-
-
-def _train(model: ReportedModel) -> Node[TrainTask]:
-    stage, _, branch = model.trained.partition(":")
-    return train_node(stage, branch, model.task)
-
-
-def _model(architecture: ArchitectureConfig, activation: ActivationConfig) -> ModelConfig:
-    return ModelConfig(name=architecture.name, options=architecture.options, activation=activation)
 
 
 def _evaluation(config: ChainConfig, model: ReportedModel) -> Node[EvaluateTask]:

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pipeline.artifacts import StageRecord
-
-if TYPE_CHECKING:
-    from pipeline.stages.services import Services
-    from pipeline.tracking import StageRun
+from pipeline.stages.services import Services
+from pipeline.tracking import StageRun
 
 Task = TypeVar("Task")
 Made = TypeVar("Made")
@@ -43,9 +41,9 @@ class StageContext(Generic[Task]):
     """Its own directory; what an interrupted run left there is still there."""
     upstream: Mapping[str, Finished]
     """The nodes named in `Node.needs`, finished."""
-    run: "StageRun"
+    run: StageRun
     """The MLflow run of this node."""
-    services: "Services"
+    services: Services
     """Ray and the registry, started when first asked for."""
 
 

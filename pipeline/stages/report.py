@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import MODEL
 from pipeline.config.report import ReportConfig
-from pipeline.config.training import TrainingConfig
 from pipeline.data import PreparedData
 from pipeline.evaluation.records import Evaluation
 from pipeline.report import PAGE, ModelCard, ReportInputs, Trial, build_report
@@ -14,13 +12,10 @@ from pipeline.report.inputs import Learned, Role
 from pipeline.stages.freeze import FrozenBank, frozen_bank
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.search import TunedConfig
-from pipeline.tracking import bank_digest
+from pipeline.stages.train import TrainTask
+from pipeline.tracking import ChainRun, bank_digest
 from pipeline.training import TrainedModel, load_model
 from sparta_models import ActivationBank
-
-if TYPE_CHECKING:
-    from pipeline.stages.train import TrainTask
-    from pipeline.tracking import ChainRun
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class ReportedModel:
     evaluation: str
     activation: str
     """Name of the activation at its sites."""
-    task: "TrainTask"
+    task: TrainTask
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def _learned(bank: ActivationBank) -> Learned:
     )
 
 
-def _tell_chain(run: "ChainRun", inputs: ReportInputs, directory: Path) -> None:
+def _tell_chain(run: ChainRun, inputs: ReportInputs, directory: Path) -> None:
     """The page and the headline figures also belong to the chain's own run, where people look first."""
     run.artifact(directory / PAGE)
     figures = {}
@@ -105,27 +100,21 @@ def _card(context: StageContext[ReportTask], model: ReportedModel) -> ModelCard:
     prepared = PreparedData.load(context.upstream[model.data].directory)
     trained, evaluated = context.upstream[model.trained], context.upstream[model.evaluation]
     network = load_model(trained.directory / MODEL)
-    options: dict[str, Any] = dict(model.task.model.options)
     return ModelCard(
         label=model.branch,
         target=model.target,
         role=model.role,
         activation=model.activation,
-        architecture=" ".join([model.task.model.name, *(f"{key}={value}" for key, value in options.items())]),
+        architecture=model.task.model.label,
         dataset=prepared.name,
         class_names=prepared.class_names,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
-        num_validation=_num_validation(prepared, model.task.training),
+        num_validation=model.task.training.selection.num_judged(prepared.splits["val"].count),
         trained=TrainedModel.model_validate(trained.record.payload),
         evaluation=Evaluation.load(evaluated.directory),
         evaluation_directory=evaluated.directory,
         model_directory=trained.directory / MODEL,
     )
-
-
-def _num_validation(prepared: PreparedData, training: TrainingConfig) -> int:
-    available, asked = prepared.splits["val"].count, training.selection.max_samples
-    return available if asked is None else min(asked, available)
 
 
 def _trials(context: StageContext[ReportTask], search: str | None) -> tuple[Trial, ...]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from pipeline.artifacts import STARTED
 from pipeline.cluster.sweep import SearchResult, checked_space, search
+from pipeline.config.base import Section
 from pipeline.config.chain import ChainConfig
 from pipeline.report import Trial
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
@@ -20,10 +19,8 @@ from pipeline.stages.trial_runs import TrialRuns
 TRIALS = "trials"
 
 
-class TunedConfig(BaseModel):
+class TunedConfig(Section):
     """What the search found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     overrides: dict[str, Any]
     """Dotted keys of the configuration with the best trial's values."""

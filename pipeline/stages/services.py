@@ -1,7 +1,6 @@
 """What stages share while a chain runs: the MLflow runs, the registry and Ray, each started when first asked for."""
 
 import logging
-import os
 import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.artifacts import write_atomic
-from pipeline.cluster import ensure_ray, preflight
+from pipeline.cluster import cluster_address, ensure_ray, preflight
 from pipeline.cluster.sweep import preflight_trial
 from pipeline.config.chain import ChainConfig
 from pipeline.config.tracking import redact
@@ -81,7 +80,7 @@ class Services:
             ClusterTooSmall: when the cluster can never hold the workers of `scaling`, or those of one trial.
             ConnectionError: when a cluster was named and does not answer.
         """
-        if self.config.scaling.address or os.environ.get("RAY_ADDRESS"):
+        if cluster_address(self.config.scaling) is not None:
             self.ray()
         else:
             preflight(self.config.scaling)

@@ -10,12 +10,13 @@ from typing import Any
 
 from pipeline.artifacts import JOURNAL, MODEL
 from pipeline.cluster import launch_many
+from pipeline.config.chain import ChainConfig, TransferTarget
 from pipeline.config.data import AugmentConfig
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import ActivationConfig, ModelConfig
 from pipeline.config.training import TrainingConfig
 from pipeline.stages.freeze import FrozenBank
 from pipeline.stages.node import Node, StageContext, StageResult, attempt
-from pipeline.stages.prepare import workers_data
+from pipeline.stages.prepare import data_key, workers_data
 from pipeline.tracking import DIGEST_PREFIX, Entry, bank_digest
 from pipeline.training import TrainedModel, TrainJob
 
@@ -38,8 +39,30 @@ class TrainTask:
     """How the bank is fitted to other channel widths."""
 
 
-def train_node(stage: str, branch: str, task: TrainTask) -> Node[TrainTask]:
-    """The node that trains one network. How often it writes checkpoints is not its identity."""
+def target_task(
+    config: ChainConfig, target: TransferTarget, activation: ActivationConfig, *, seed: int, bank: str | None = None
+) -> TrainTask:
+    """The training of one of a target's networks: what the target leaves open is as at the source.
+
+    Args:
+        activation: what stands at its sites.
+        bank: key of the node that froze it; None: it is trained.
+    """
+    architecture = target.model or config.model
+    return TrainTask(
+        model=ModelConfig(name=architecture.name, options=architecture.options, activation=activation),
+        augment=target.augment or config.augment,
+        training=target.training or config.training,
+        seed=seed,
+        data=data_key(target),
+        bank=bank,
+        adapt=None if bank is None else target.adapt,
+    )
+
+
+def train_node(key: str, task: TrainTask) -> Node[TrainTask]:
+    """The node `key` that trains one network. How often it writes checkpoints is not its identity."""
+    stage, _, branch = key.partition(":")
     sections = {
         "model": task.model.model_dump(mode="json") | {"activation": task.model.activation.spec()},
         "augment": task.augment.model_dump(mode="json"),

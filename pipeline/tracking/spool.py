@@ -14,57 +14,54 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.artifacts import write_atomic
+from pipeline.config.base import Section
 from pipeline.config.tracking import TrackingConfig, redact
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ArtifactFile(_Record):
+class ArtifactFile(Section):
     """A local file or directory, and the folder of the run that it goes to."""
 
     path: str
     folder: str = ""
 
 
-class DatasetUse(_Record):
+class DatasetUse(Section):
     """A data set that a run read: its name, full digest, and what it was used for."""
 
     name: str
     digest: str
     context: str
     source: str = ""
-    profile: dict[str, str | int | float] = {}
+    profile: dict[str, str | int | float] = Field(default_factory=dict)
 
 
-class Registration(_Record):
+class Registration(Section):
     """A bank directory that is to become a version of the registered model."""
 
     directory: str
     digest: str
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = Field(default_factory=dict)
     description: str = ""
     alias: str | None = None
 
 
-class RunRecord(_Record):
+class RunRecord(Section):
     """One run, as it shall stand in MLflow."""
 
     key: str
     name: str
     parent: str | None = None
-    upstream: dict[str, str] = {}  # name of the stage -> key of its run
+    upstream: dict[str, str] = Field(default_factory=dict)  # name of the stage -> key of its run
     started: int
     ended: int | None = None
     status: Status = "RUNNING"
-    params: dict[str, str] = {}
-    tags: dict[str, str] = {}
+    params: dict[str, str] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict)
     journals: tuple[str, ...] = ()
     artifacts: tuple[ArtifactFile, ...] = ()
     datasets: tuple[DatasetUse, ...] = ()
@@ -77,17 +74,17 @@ class RunRecord(_Record):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-class Delivered(_Record):
+class Delivered(Section):
     """How much of a run one target has."""
 
     run_id: str | None = None
     revision: str = ""
     params: tuple[str, ...] = ()
-    offsets: dict[str, int] = {}  # journal -> bytes sent
-    stamps: dict[str, str] = {}  # artifact -> stamp of what was sent
+    offsets: dict[str, int] = Field(default_factory=dict)  # journal -> bytes sent
+    stamps: dict[str, str] = Field(default_factory=dict)  # artifact -> stamp of what was sent
     datasets: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
-    versions: dict[str, int] = {}  # digest of a bank -> version in the registry
+    versions: dict[str, int] = Field(default_factory=dict)  # digest of a bank -> version in the registry
 
 
 class Spool:

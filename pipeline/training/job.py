@@ -6,15 +6,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.config.base import Section
 from pipeline.config.data import AugmentConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import TrainingConfig
 
 
-class TrainJob(BaseModel):
+class TrainJob(Section):
     """Everything that a training depends on. JSON-serialisable; the same on all ranks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: ModelConfig
     data: Path

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import nn
 
 from pipeline.artifacts import sha256_of
-from pipeline.config.base import one_line
+from pipeline.config.base import Section, one_line
 from pipeline.training.files import DamagedFilesError, read_directory, write_directory
 from sparta_models import Activation, build_model
 
@@ -16,14 +16,12 @@ FORMAT = 1
 _WEIGHTS, _RECORD = "model", "model.json"
 
 
-class ModelMeta(BaseModel):
+class ModelMeta(Section):
     """What build_model needs, and what the network was trained for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     activation: dict[str, Any]
     """Mapping of the activation that stands at the sites, that of the bank where one was put in."""
     frozen: bool = False

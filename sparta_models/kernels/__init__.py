@@ -3,7 +3,7 @@
 Nothing here runs at import. Where no compiler is found, or SPARTA_KERNEL=off is set, the operators of torch take over,
 with the same results; `kernel_status()` says which of the two it is, and why. For a GPU see `gate_triton`.
 
-Cache: $SPARTA_CACHE, else $XDG_CACHE_HOME/sparta_models, else ~/.cache/sparta_models. A file's name holds the digest of
+Cache: $SPARTA_CACHE, else $XDG_CACHE_HOME/sparta, else ~/.cache/sparta. A file's name holds the digest of
 sources, torch version, flags, compiler and processor.
 """
 
@@ -64,11 +64,14 @@ def _state() -> tuple[ModuleType | None, str]:
     return torch.ops.sparta_models, f"on: {library}"
 
 
+def cache_root() -> Path:
+    """Return the folder that libraries are kept in, which need not be there yet."""
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparta"
+    return Path(os.environ.get("SPARTA_CACHE") or own).expanduser()
+
+
 def _built(compiler: str) -> Path:
-    directory = Path(
-        os.environ.get("SPARTA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparta_models"
-    )
-    directory = directory.expanduser()
+    directory = cache_root()
     library = directory / f"gate-{_key(compiler)}.so"
     if not library.exists():
         directory.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from data_sets import edit_sidecar, needs_ffcv, vouch_for, write_npz
 from pipeline.artifacts import sha256_of
 from pipeline.config.data import DataConfig
 from pipeline.data import DataError, FfcvMissingWarning, PreparedData, open_split, prepare
-from pipeline.data.sidecar import _BLOCK, _NUM_BLOCKS, _offsets, check_file, read_sidecar, sidecar_path
+from pipeline.data.sidecar import _BLOCK, _NUM_BLOCKS, _offsets, cache_root, check_file, read_sidecar, sidecar_path
+from sparta_models import kernels
 
 
 def truncate(path):
@@ -77,7 +78,7 @@ DAMAGE = {
     "missing sidecar": (lambda path: sidecar_path(path).unlink(), "sidecar train.beton.json is missing"),
     "sidecar is not JSON": (lambda path: sidecar_path(path).write_text("{"), "expected a JSON sidecar"),
     "sidecar of another version": (other_version, "expected sidecar format 1, got 99"),
-    "sidecar lacks an entry": (incomplete_sidecar, "class_counts: Field required"),
+    "sidecar lacks an entry": (incomplete_sidecar, "class_counts: expected a value, got none"),
     "of another preparation": (lambda path: edit_sidecar(path, content="0" * 64), "from another preparation"),
     "wrong fields": (other_fields, "expected the fields {'image': 'NDArrayField'"),
     "wrong count": (too_short_index, "count or labels differ from its sidecar"),
@@ -210,6 +211,22 @@ def test_full_verification_finds_what_a_quick_look_cannot(large, tmp_path):
     prepared.check("train")
     with pytest.raises(DataError, match="its sha256 is not the recorded one"):
         prepared.verify()
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, "home/.cache/sparta"),
+        ({"XDG_CACHE_HOME": "~/elsewhere"}, "home/elsewhere/sparta"),
+        ({"XDG_CACHE_HOME": "~/elsewhere", "SPARTA_CACHE": "~/own"}, "home/own"),
+    ],
+)
+def test_data_and_kernels_share_one_cache(environment, place, tmp_path, monkeypatch):
+    for name in ("SPARTA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": str(tmp_path / "home"), **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert cache_root() == kernels.cache_root() == tmp_path / place
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(rgb_npz, tmp_path, monkeypatch):

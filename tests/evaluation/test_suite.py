@@ -179,7 +179,8 @@ def test_a_record_of_another_schema_is_refused(finished, tmp_path):
     result.save(tmp_path)
     record = tmp_path / "evaluation.json"
     record.write_text(record.read_text().replace('"schema_version": 2', '"schema_version": 1'))
-    with pytest.raises(ValueError, match="is not an evaluation: expected schema 2, got 1; evaluate the model again"):
+    message = "is not an evaluation: schema_version: expected schema 2, got 1; evaluate the model again"
+    with pytest.raises(ValueError, match=message):
         Evaluation.load(tmp_path)
 
 

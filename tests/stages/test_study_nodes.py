@@ -9,7 +9,7 @@ from pipeline.config.load import ConfigError, load_config
 from pipeline.evaluation.records import AuditReport, Check, Verdict
 from pipeline.stages.graph import STAGES, head, tail
 from pipeline.stages.node import Node
-from pipeline.stages.study import audited
+from pipeline.stages.study_page import audited
 from pipeline.stages.train import TrainTask
 
 OWN_DATA = ("data={dataset: digits}", "transfer.2.data={dataset: digits}")

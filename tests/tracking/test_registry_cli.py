@@ -247,9 +247,12 @@ def test_a_network_with_another_activation_is_no_evidence(
         (["show", "nonsense"], "expected NAME@ALIAS or NAME/VERSION"),
         (["pull", "sparta-activation@candidate", "x"], "known: nothing yet"),
         (["push", "nowhere"], "nowhere"),
-        (["--uri", "ftp://x", "list"], "expected a tracking uri"),
+        (["--uri", "ftp://x", "list"], "error: --uri: expected a tracking uri"),
         (["--uri", "http://me:hunter2@x", "list"], "expected a uri without a password"),
-        (["--model", "a/b", "list"], "should match pattern"),
+        (["--model", "a/b", "list"], r"error: --model: string should match pattern '^[^/:@\s]{1,200}$', got 'a/b'"),
+        (["--model", "postgresql://me:hunter2@x/db", "list"], "--model: string should match pattern"),
+        (["--model", f"postgresql://me:{40 * 'hunter2'}@x/db", "list"], "--model: string should match pattern"),
+        (["--uri", "http://me:hunter2@x", "--model", "a/b", "list"], "--uri: expected a uri without a password"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(

@@ -153,7 +153,7 @@ def test_model_round_trip_gives_the_same_outputs(frozen, tmp_path):
         (lambda d: edit(d, name="resnet9"), "unknown model"),
         (lambda d: edit(d, num_classes=7), "size mismatch"),
         (lambda d: edit(d, format=99), "expected format 1"),
-        (lambda d: edit(d, extra=1), "Extra inputs"),
+        (lambda d: edit(d, extra=1), "extra: extra inputs are not permitted, got 1"),
         (lambda d: edit(d, activation={"name": None}), "unknown activation None"),
         (lambda d: edit(d, activation={}), 'expected a name or a mapping with "name"'),
         (lambda d: edit(d, mean=[]), "expected 1 values of mean"),

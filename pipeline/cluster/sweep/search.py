@@ -24,6 +24,7 @@ from pipeline.cluster.worker import Train
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError
 from pipeline.config.scaling import ScalingConfig
+from pipeline.training import train
 from tune_spaces import Space, load_space, resolve
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class SearchResult:
 
 
 def search(
-    base: ChainConfig, *, data: Path, output: Path, on_trial: OnTrial | None = None, train: Train | None = None
+    base: ChainConfig, *, data: Path, output: Path, on_trial: OnTrial | None = None, train: Train = train
 ) -> SearchResult:
     """Search `base.search.space` around `base`, training on the PreparedData in `data`.
 
@@ -63,8 +64,14 @@ def search(
     space = checked_space(base)
     scaling = _trial_scaling(base)
     known = _known_trials(output, base)
-    table = Table(base.search.num_trials, list(space), known=known, show=on_trial)
-    sweep = Sweep(uuid.uuid4().hex[:8], base, data, output, scaling, train or _train())
+    table = Table(base.search.num_trials, list(space), known=known)
+
+    def tell(trial: Trial) -> None:
+        table.update(trial)
+        if on_trial is not None:
+            on_trial(trial)
+
+    sweep = Sweep(uuid.uuid4().hex[:8], base, data, output, scaling, train)
     board = Board(
         output,
         sweep.run,
@@ -73,7 +80,7 @@ def search(
         num_trials=base.search.num_trials,
         objective=base.search.objectives[0],
         known=known,
-        on_trial=table.update,
+        on_trial=tell,
     )
     if board.num_left:
         if cluster_address(scaling) is None:
@@ -107,12 +114,6 @@ def checked_space(base: ChainConfig) -> Space:
     if base.search.scheduler == "pbt":
         mutable_keys(space)
     return space
-
-
-def _train() -> Train:
-    from pipeline.training import train
-
-    return train
 
 
 def _identify(base: ChainConfig) -> Callable[[dict[str, Any]], str]:

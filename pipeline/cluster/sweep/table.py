@@ -1,6 +1,6 @@
 """What a sweep shows while it runs: a live table on a terminal, a plain line per event otherwise."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,11 +25,10 @@ class Table:
         keys: Sequence[str],
         *,
         known: Sequence[Trial] = (),
-        show: Callable[[Trial], None] | None = None,
         console: Console | None = None,
     ) -> None:
         self._console = console or Console()
-        self._num_trials, self._keys, self._show = num_trials, short_names(keys), show
+        self._num_trials, self._keys = num_trials, short_names(keys)
         self._trials = {trial.number: trial for trial in known}
         self._live: Live | None = None
         self._open = False
@@ -51,14 +50,12 @@ class Table:
             self._live = None
 
     def update(self, trial: Trial) -> None:
-        """Show the present state of a trial, and tell whoever else listens."""
+        """Show the present state of a trial."""
         self._trials[trial.number] = trial
         if self._live:
             self._live.update(self._render())
         elif self._open and (trial.finished or trial.history):
             self._console.print(self._line(trial), highlight=False, soft_wrap=True, markup=False)
-        if self._show is not None:
-            self._show(trial)
 
     def _line(self, trial: Trial) -> str:
         fields = [f"trial {trial.number + 1:>{len(str(self._num_trials))}}/{self._num_trials} {trial.state:<8}"]

@@ -79,8 +79,7 @@ def _resources(sweep: Sweep, capacity: Capacity) -> dict[str, float]:
 
 
 def _concurrent(sweep: Sweep, capacity: Capacity) -> int:
-    slots = capacity.slots(worker_bundle(sweep.scaling, capacity), placement=sweep.scaling.placement)
-    room = max(1, slots // sweep.scaling.max_workers)
+    room = capacity.groups(sweep.scaling)
     return min(room, sweep.base.search.max_concurrent or room)
 
 
