@@ -4,7 +4,7 @@ from pipeline.cluster.capacity import Capacity, ClusterTooSmall, preflight
 from pipeline.cluster.launch import TrainingFailed, launch, launch_many
 from pipeline.cluster.session import cluster_address, ensure_ray
 from pipeline.cluster.signals import raised_as_such
-from pipeline.cluster.tasks import num_task_slots, run_tasks
+from pipeline.cluster.tasks import num_task_slots, reserved_device, run_tasks
 
 __all__ = [
     "Capacity",
@@ -17,5 +17,6 @@ __all__ = [
     "num_task_slots",
     "preflight",
     "raised_as_such",
+    "reserved_device",
     "run_tasks",
 ]

@@ -124,7 +124,7 @@ def _follow(jobs: Sequence[Job], alive: Callable[[], bool], on_progress: OnProgr
 
 
 def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
-    """Fit until every job of the group is settled: after each fit at least one more is, or a death is made up for."""
+    """Fit until every job of the group is settled: each fit settles at least one more, or makes up for a death."""
     from ray.train import WorkerGroupError
 
     pending, deaths = list(work.jobs), 0
@@ -134,8 +134,11 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
             _fit(replace(work, jobs=pending), scaling, capacity)
             settled = len(pending)
         except WorkerGroupError as failure:
-            # The jobs run in order, so the first one without an outcome is the one that failed.
-            error, settled = failure, 1
+            # A job that failed for a reason of its own has said so. Otherwise, the jobs run in order, it was the first
+            # one without an outcome.
+            outcomes = [load_outcome(job.output, work.run) for job in pending]
+            own = any(outcome is not None and outcome.state == "failed" for outcome in outcomes)
+            error, settled = failure, 0 if own else 1
         except Exception as failure:
             if deaths < scaling.max_failures and _is_death(failure) and _may_go_on(pending):
                 deaths += 1
@@ -197,8 +200,10 @@ def _fit(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    trainer.fit()
-    shutil.rmtree(storage, ignore_errors=True)
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
 
 
 def _trainer_class() -> Any:

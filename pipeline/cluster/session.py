@@ -108,7 +108,7 @@ def _set_environment(scaling: ScalingConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A SIGTERM is no crash: no native stack trace for it.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
-    # Zeroing CUDA_VISIBLE_DEVICES for tasks without a GPU will become Ray's default; asking for it silences the notice.
+    # Ray leaves CUDA_VISIBLE_DEVICES of tasks without a GPU as it is (see tasks.reserved_device); this says we know.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 

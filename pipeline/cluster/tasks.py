@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from pipeline.cluster.capacity import current_capacity, uses_gpu, worker_bundle
 from pipeline.cluster.orphans import freeing_orphans
 from pipeline.cluster.session import ensure_ray
@@ -50,6 +52,14 @@ def run_tasks(
                 if on_done is not None:
                     on_done(number)
     return [results[number] for number in range(len(arguments))]
+
+
+def reserved_device() -> torch.device:
+    """The GPU that this task or trial has reserved, or the CPU: one that has none may see those of the others."""
+    import ray
+
+    reserved = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return torch.device("cuda", 0) if reserved and torch.cuda.is_available() else torch.device("cpu")
 
 
 def num_task_slots(scaling: ScalingConfig) -> int:

@@ -19,7 +19,8 @@ class Order:
 
     The epoch's order is cut into global batches of world_size * batch_size or, with `joint`, of batch_size, which need
     not divide; rank r takes every world_size-th sample of each, from r on. So a step sees the same samples whatever the
-    number of ranks, for an equal global batch.
+    number of ranks, for an equal global batch. Of a joint batch of four samples or more for each rank, every rank has
+    two or more in every batch.
 
     Raises:
         DataError: fewer samples than ranks; with `joint`, less than two samples of a global batch for each of several
@@ -67,8 +68,10 @@ class Order:
         bounds = list(range(0, full + 1, step))
         rest = self.num_samples - full
         if rest:
-            # Too few for one sample per rank: the last two global batches share evenly, or become one.
-            if rest < self.world_size and step >= 2 * self.world_size:
+            # Too few for one sample per rank, or in training for two, without which a batch norm may have no variance:
+            # the last two global batches share evenly, or become one.
+            too_few = rest < (2 if self.joint else 1) * self.world_size and 2 * rest < step
+            if full and too_few and step >= 2 * self.world_size:
                 bounds[-1] -= (step - rest) // 2
             elif rest < self.world_size:
                 bounds.pop()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.artifacts import MODEL
-from pipeline.cluster import num_task_slots, run_tasks
+from pipeline.cluster import num_task_slots, reserved_device, run_tasks
 from pipeline.config.base import one_line
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.data import PreparedData
@@ -115,7 +115,7 @@ def judge_rest(work: Judgement) -> None:
 
 
 def _opened(work: Judgement) -> tuple[torch.nn.Module, PreparedData, dict[str, Any]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = reserved_device()
     model, reference = load_model(work.model, device), load_model(work.reference, device)
     return model, PreparedData.load(work.data), {"seed": work.seed, "reference": reference}
 

@@ -5,13 +5,14 @@ import os
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cluster_toys import ToyJob, ToyResult, toy_train
 
-from pipeline.cluster import Capacity, TrainingFailed, ensure_ray
-from pipeline.cluster.outcome import Outcome, done, request_stop
+from pipeline.cluster import Capacity, TrainingFailed, ensure_ray, reserved_device
+from pipeline.cluster.outcome import Outcome, done, failed, load_outcome, request_stop
 from pipeline.cluster.session import start_thread
 from pipeline.cluster.worker import Work, worth_retrying
 from pipeline.config.scaling import ScalingConfig
@@ -74,6 +75,44 @@ def test_a_death_that_ray_train_does_not_make_up_for_is_borne_as_often_as_any_ot
     assert len(fits) == attempts
     expected = {"once": ToyResult, "stopped": TrainingStopped}.get(dies, TrainingFailed)
     assert isinstance(result, expected)
+
+
+def test_a_job_that_fails_for_its_own_reason_takes_no_other_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train import WorkerGroupError
+
+    made, tried = [ToyJob(output=tmp_path / str(number), seed=number) for number in range(5)], []
+
+    def fit(work: Work, *_: object) -> None:
+        """As Ray Train does: the group is started again for every failure but the last one of three."""
+        for _ in range(3):
+            for job in (job for job in work.jobs if load_outcome(job.output, work.run) is None):
+                tried.append(job.seed)
+                if job.seed < 3:
+                    failed(work.run, ValueError(f"reason {job.seed}")).save(job.output)
+                    break
+                done(work.run, ToyResult(seed=job.seed, world_size=2, total=1.0, backend="gloo")).save(job.output)
+            else:
+                return
+        raise WorkerGroupError("workers failed", {0: ValueError("reason 2")})
+
+    monkeypatch.setattr(launching, "_fit", fit)
+    launching._run_group(Work("run", made, toy_train), ScalingConfig(num_workers=2), Capacity(({"CPU": 2.0},)))
+    assert tried == [0, 1, 2, 3, 4]
+    assert [str(result) for result in results(made)[:3]] == [f"ValueError: reason {number}" for number in range(3)]
+    assert all(isinstance(result, ToyResult) for result in results(made)[3:])
+
+
+@pytest.mark.parametrize(("reserved", "device"), [([], "cpu"), (["1"], "cuda:0")])
+def test_a_task_without_a_gpu_of_its_own_leaves_those_of_others_alone(
+    reserved: list[str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "ray.get_runtime_context", lambda: SimpleNamespace(get_accelerator_ids=lambda: {"GPU": reserved})
+    )
+    assert str(reserved_device()) == device
 
 
 @pytest.fixture

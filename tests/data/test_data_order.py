@@ -62,6 +62,16 @@ def test_ranks_share_a_joint_batch_to_one_sample_evenly(world_size):
         assert max(sizes) - min(sizes) <= 1
 
 
+@given(num_samples=st.integers(8, 300), world_size=st.integers(1, 5), more=st.integers(0, 30))
+def test_no_rank_trains_on_a_single_sample(num_samples, world_size, more):
+    batch_size = 4 * world_size + more
+    if num_samples < batch_size:
+        return
+    for rank in range(world_size):
+        batches = Order(num_samples, batch_size, 0, True, rank, world_size, joint=True).batches(0)
+        assert min(len(batch) for batch in batches) >= 2
+
+
 def test_one_process_gets_the_usual_batches():
     assert [b.tolist() for b in Order(7, 3).batches(0)] == [[0, 1, 2], [3, 4, 5], [6]]
 

@@ -12,6 +12,7 @@ from pipeline.cluster.outcome import done, failed
 from pipeline.cluster.sweep.adopt import CHECKPOINTS, mend, take_over
 from pipeline.cluster.sweep.space import trial_config
 from pipeline.cluster.sweep.trials import Trial
+from pipeline.cluster.tasks import reserved_device
 from pipeline.cluster.worker import Train, worth_retrying
 from pipeline.config.chain import ChainConfig
 from pipeline.config.scaling import ScalingConfig
@@ -87,7 +88,7 @@ def _own_trial(settings: Mapping[str, Any], sweep: Sweep) -> Trial:
 
 def _train_here(job: TrainJob, sweep: Sweep) -> None:
     try:
-        result = sweep.train(job, Context(device=_device(), report=_reporter(job, sweep)))
+        result = sweep.train(job, Context(device=reserved_device(), report=_reporter(job, sweep)))
     except Exception as error:
         if worth_retrying(error):
             raise
@@ -132,12 +133,6 @@ def _take_over(job: TrainJob) -> None:
         return  # started again after a pause or a crash: its own files are as new
     with checkpoint.as_directory() as source:
         take_over(Path(source), f"{run}/{owner}/{number}", job)
-
-
-def _device() -> Any:
-    import torch
-
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextlib.contextmanager
