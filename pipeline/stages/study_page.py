@@ -13,6 +13,7 @@ from pipeline.report.study_page import PAGE, write_study
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.train import TrainTask
 from pipeline.training import TrainedModel, load_model
+from pipeline.training.methods import step_cost
 
 MAIN, CONTROL, FROZEN = "sparta", "control", "frozen"
 
@@ -82,7 +83,7 @@ def _entry(context: StageContext[StudyTask], network: Network) -> Entry:
         architecture=model.label,
         dataset=prepared.name,
         num_parameters=sum(p.numel() for p in load_model(trained.directory / MODEL).parameters()),
-        training_flops=record.flops_per_step * steps * record.epochs,
+        training_flops=record.flops_per_step * steps * epochs_like_the_last(network.task.training, record.epochs),
         epochs=record.epochs,
         precision=record.precision,
         val_clean=record.val_clean,
@@ -109,6 +110,12 @@ def audited(audit: AuditReport) -> str:
     verdicts = Counter(check.verdict for check in audit.checks)
     counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("pass", "warn", "fail", "skip"))
     return f"{audit.budget}, {audit.n} images: {counts}"
+
+
+def epochs_like_the_last(training: TrainingConfig, epochs: int) -> float:
+    """All epochs in units of the last one, whose steps were counted: before AWP sets in they cost less."""
+    passes = [step_cost(training, epoch=epoch).forward_equivalents for epoch in range(epochs)]
+    return sum(passes) / passes[-1]
 
 
 def _trained_by(training: TrainingConfig) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from pipeline.config.load import ConfigError, load_config
+from pipeline.config.training import AWPConfig, TrainingConfig
 from pipeline.evaluation.records import AuditReport, Check, Verdict
 from pipeline.stages.graph import STAGES, head, tail
 from pipeline.stages.node import Node
-from pipeline.stages.study_page import audited
+from pipeline.stages.study_page import audited, epochs_like_the_last
 from pipeline.stages.train import TrainTask
 
 OWN_DATA = ("data={dataset: digits}", "transfer.2.data={dataset: digits}")
@@ -166,3 +167,11 @@ def test_a_skipped_check_is_not_counted_among_those_that_passed() -> None:
     report = AuditReport(budget="quick", n=64, threat=threat, model_digest="m", checks=checks)
     assert report.passed
     assert audited(report) == "quick, 64 images: 2 pass, 1 warn, 0 fail, 3 skip"
+
+
+@pytest.mark.parametrize(("warmup_epochs", "expected"), [(0, 10), (8, 8)])
+def test_the_epochs_before_awp_sets_in_cost_less(warmup_epochs: int, expected: float) -> None:
+    """Three attack steps (6 passes) and a batch (3), or with AWP two."""
+    method, awp = {"kind": "pgd_at", "attack": {"steps": 3}}, AWPConfig(warmup_epochs=warmup_epochs)
+    training = TrainingConfig.model_validate({"epochs": 10, "method": method, "awp": awp})
+    assert epochs_like_the_last(training, 10) == pytest.approx(expected)
