@@ -5,8 +5,6 @@ not depend on which worker took which block, and an evaluation that was killed g
 """
 
 import hashlib
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts import canonical
+from pipeline.artifacts import canonical, whole
 from pipeline.config.evaluation import AttackConfig, EvaluationConfig, PGDAttack, ThreatModel, TransferAttack
 from pipeline.data.errors import UNREADABLE_NPZ
 from pipeline.evaluation.attacks import run_attack
@@ -254,21 +252,12 @@ def _diverse(y: npt.NDArray[np.int64], candidates: Positions, count: int) -> Pos
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write an .npz to a temporary name, read it back, rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened by name, not by mkstemp, whose mode 0600 would hide it from other users of a shared filesystem.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    """Write an .npz and read it back; whole or not at all."""
+    with whole(path) as temporary:
         with temporary.open("xb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
-            file.flush()
-            os.fsync(file.fileno())
         if load_arrays(temporary) is None:
             raise OSError(f"{path} could not be read back after writing: is the disk full?")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load_arrays(path: Path) -> Arrays | None:
