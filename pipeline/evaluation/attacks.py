@@ -19,10 +19,7 @@ from pipeline.config.evaluation import (
     TransferAttack,
 )
 from pipeline.evaluation.ensemble import autoattack, square
-from pipeline.training.attacks import fgsm, pgd
-
-STEP_RULE = 2.5
-"""PGD's step is this times eps / steps, so that the far side of the ball is in reach (Madry et al., 2018)."""
+from pipeline.training.attacks import default_step_size, fgsm, pgd
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,10 @@ def pgd_on(
     problem: Problem, *, steps: int, restarts: int = 1, loss: str = "ce", step_size: float | None = None,
     model: nn.Module | None = None,
 ) -> Tensor:  # fmt: skip
-    """PGD on the problem, with the default step rule, on `model` in place of the problem's where given."""
+    """PGD on the problem, with the default step size, on `model` in place of the problem's where given."""
     eps = problem.threat.eps
     return pgd(
-        model or problem.model, problem.x, problem.y, eps=eps, step_size=step_size or STEP_RULE * eps / steps,
+        model or problem.model, problem.x, problem.y, eps=eps, step_size=step_size or default_step_size(eps, steps),
         steps=steps, norm=problem.threat.norm, loss=loss, restarts=restarts, generator=problem.generator(),
     )  # fmt: skip
 
@@ -110,7 +107,7 @@ def _targeted(attack: TargetedAttack, problem: Problem) -> tuple[Tensor, list[st
     order = logits.scatter(1, p.y[:, None], -torch.inf).argsort(1, descending=True)
     candidates = [
         pgd(
-            p.model, p.x, p.y, eps=eps, step_size=STEP_RULE * eps / attack.steps, steps=attack.steps,
+            p.model, p.x, p.y, eps=eps, step_size=default_step_size(eps, attack.steps), steps=attack.steps,
             norm=p.threat.norm, loss="margin", generator=p.generator(), targets=order[:, i],
         )
         for i in range(min(attack.num_targets, logits.shape[1] - 1))

@@ -8,13 +8,13 @@ Both are ascended by PGD as the margin of two logits, (0, objective).
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation.attacks import STEP_RULE, Problem
+from pipeline.evaluation.attacks import Problem
 from pipeline.evaluation.audit.chunks import Attack
 from pipeline.evaluation.audit.gates import gate_maps, gated_sites
 from pipeline.evaluation.audit.subject import Subject, margin
 from pipeline.evaluation.audit.verdict import beats, skipped
 from pipeline.evaluation.records import Check
-from pipeline.training.attacks import pgd
+from pipeline.training.attacks import default_step_size, pgd
 
 WEIGHT = 10.0
 """Weight of the gates' mean square, which is at most 1 and mostly far below, beside a margin of a few units."""
@@ -50,7 +50,7 @@ def _aim(problem: Problem, at: Tensor, weight: float, steps: int) -> Tensor:
         targets = gate_maps(problem.model, at)[1]
     aimed, threat = _Aimed(problem.model, problem.y, targets, weight).eval(), problem.threat
     return pgd(
-        aimed, problem.x, torch.zeros_like(problem.y), eps=threat.eps, step_size=STEP_RULE * threat.eps / steps,
+        aimed, problem.x, torch.zeros_like(problem.y), eps=threat.eps, step_size=default_step_size(threat.eps, steps),
         steps=steps, norm=threat.norm, loss="margin", generator=problem.generator(),
     )  # fmt: skip
 

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.attacks import STEP_RULE, Problem, uniform_noise
+from pipeline.evaluation.attacks import Problem, uniform_noise
 from pipeline.evaluation.audit.subject import margin
 from pipeline.evaluation.blocks import predict
+from pipeline.training.attacks import default_step_size
 
 _DELTA = 0.01  # distance of SPSA's two evaluations, in pixel units, as Uesato et al. have it
 
@@ -19,7 +20,7 @@ def spsa(problem: Problem, *, steps: int, num_samples: int) -> Tensor:
         x_adv (B, C, H, W) in the ball and in [0, 1].
     """
     generator, threat = problem.generator(), problem.threat
-    step_size = STEP_RULE * threat.eps / steps
+    step_size = default_step_size(threat.eps, steps)
     x_adv = uniform_noise(problem.x, threat, generator)
     for _ in range(steps):
         g = torch.zeros_like(x_adv)
