@@ -55,13 +55,17 @@ def run_attack(
 
 def pgd_on(
     problem: Problem, *, steps: int, restarts: int = 1, loss: str = "ce", step_size: float | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | None = None, targets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """PGD on the problem, with the default step size, on `model` in place of the problem's where given."""
+    """PGD on the problem, with the default step size, on `model` in place of the problem's where given.
+
+    targets: (B,) classes to reach.
+    """
     eps = problem.threat.eps
     return pgd(
         model or problem.model, problem.x, problem.y, eps=eps, step_size=step_size or default_step_size(eps, steps),
         steps=steps, norm=problem.threat.norm, loss=loss, restarts=restarts, generator=problem.generator(),
+        targets=targets,
     )  # fmt: skip
 
 
@@ -101,17 +105,14 @@ def _pgd(attack: PGDAttack, problem: Problem) -> tuple[Tensor, list[str]]:
 
 
 def _targeted(attack: TargetedAttack, problem: Problem) -> tuple[Tensor, list[str]]:
-    p, eps = problem, problem.threat.eps
+    p = problem
     with torch.no_grad():
         logits = p.model(p.x)
     order = logits.scatter(1, p.y[:, None], -torch.inf).argsort(1, descending=True)
     candidates = [
-        pgd(
-            p.model, p.x, p.y, eps=eps, step_size=default_step_size(eps, attack.steps), steps=attack.steps,
-            norm=p.threat.norm, loss="margin", generator=p.generator(), targets=order[:, i],
-        )
+        pgd_on(p, steps=attack.steps, loss="margin", targets=order[:, i])
         for i in range(min(attack.num_targets, logits.shape[1] - 1))
-    ]  # fmt: skip
+    ]
     return worst_of(p.model, p.x, p.y, candidates), []
 
 
