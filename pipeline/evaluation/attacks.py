@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import (
-    AttackConfig,
+    AnyAttack,
     AutoAttack,
     FGSMAttack,
     NoiseAttack,
     PGDAttack,
     SquareAttack,
     TargetedAttack,
-    ThreatModel,
     TransferAttack,
 )
 from pipeline.evaluation.ensemble import autoattack, square
@@ -39,7 +39,7 @@ class Problem:
 
 
 def run_attack(
-    attack: AttackConfig, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int,
+    attack: AnyAttack, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int,
     reference: nn.Module | None = None,
 ) -> tuple[Tensor, list[str]]:  # fmt: skip
     """Attack x (B, C, H, W), y (B,).

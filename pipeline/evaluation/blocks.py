@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import canonical, whole
-from pipeline.config.evaluation import AttackConfig, EvaluationConfig, PGDAttack, ThreatModel, TransferAttack
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import AnyAttack, EvaluationConfig, PGDAttack, TransferAttack
 from pipeline.data.errors import UNREADABLE_NPZ
 from pipeline.evaluation.attacks import run_attack
 from pipeline.evaluation.sample import Positions
@@ -122,7 +123,7 @@ class _Cascade:
         self.correct, self.x_adv = correct.clone(), x.clone()
         self.warnings: list[str] = []
 
-    def run(self, attack: AttackConfig, seed: int, reference: nn.Module | None) -> npt.NDArray[np.bool_]:
+    def run(self, attack: AnyAttack, seed: int, reference: nn.Module | None) -> npt.NDArray[np.bool_]:
         """Attack the survivors; returns (B,) who is correct after it."""
         alive = self.correct.nonzero().flatten()
         if len(alive):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import digest_file, fingerprint
-from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.data import PreparedData, open_split
 from pipeline.evaluation.audit import audit
 from pipeline.evaluation.blocks import (

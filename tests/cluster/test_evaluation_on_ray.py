@@ -11,15 +11,9 @@ import pytest
 import torch
 
 from pipeline.cluster import ensure_ray
+from pipeline.config.base import ThreatModel
 from pipeline.config.data import DataConfig
-from pipeline.config.evaluation import (
-    AuditConfig,
-    CurveConfig,
-    EvaluationConfig,
-    PGDAttack,
-    ThreatModel,
-    TransferAttack,
-)
+from pipeline.config.evaluation import AuditConfig, CurveConfig, EvaluationConfig, PGDAttack, TransferAttack
 from pipeline.config.load import load_config
 from pipeline.config.scaling import ScalingConfig
 from pipeline.data import PreparedData, prepare

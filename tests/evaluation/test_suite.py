@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import (
     AuditConfig,
     CurveConfig,
@@ -16,7 +17,6 @@ from pipeline.config.evaluation import (
     PGDAttack,
     SquareAttack,
     TargetedAttack,
-    ThreatModel,
     TransferAttack,
 )
 from pipeline.evaluation import AuditReport, Check, Evaluation, evaluate, evaluate_shard, merge

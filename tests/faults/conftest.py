@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.data import DataConfig, SplitLimits
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import (
@@ -18,7 +19,6 @@ from pipeline.config.training import (
     OptimizerConfig,
     PGDATConfig,
     SelectionConfig,
-    ThreatConfig,
     TrainingConfig,
 )
 from pipeline.data import FfcvMissingWarning, PreparedData, prepare
@@ -42,7 +42,7 @@ def make_job(digits: PreparedData) -> Callable[[Path], TrainJob]:
     training = TrainingConfig(
         epochs=8,
         batch_size=32,
-        threat=ThreatConfig(eps=0.1),
+        threat=ThreatModel(eps=0.1),
         method=PGDATConfig(attack=AttackConfig(steps=1)),
         optimizer=OptimizerConfig(lr=0.05),
         selection=SelectionConfig(attack=AttackConfig(steps=1)),

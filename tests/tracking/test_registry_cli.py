@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.evaluation.blocks import model_digest
 from pipeline.evaluation.records import AttackResult, AuditReport, Check, Evaluation

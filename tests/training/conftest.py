@@ -8,23 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.data import DataConfig, SplitLimits
 from pipeline.config.model import ActivationConfig, ModelConfig
-from pipeline.config.training import (
-    AttackConfig,
-    OptimizerConfig,
-    PGDATConfig,
-    SelectionConfig,
-    ThreatConfig,
-    TrainingConfig,
-)
+from pipeline.config.training import AttackConfig, OptimizerConfig, PGDATConfig, SelectionConfig, TrainingConfig
 from pipeline.data import FfcvMissingWarning, PreparedData, prepare
 from pipeline.training import TrainJob
 
 FAST = {
     "epochs": 2,
     "batch_size": 32,
-    "threat": ThreatConfig(eps=0.1),
+    "threat": ThreatModel(eps=0.1),
     "method": PGDATConfig(attack=AttackConfig(steps=2)),
     "optimizer": OptimizerConfig(lr=0.05),
     "selection": SelectionConfig(attack=AttackConfig(steps=2)),

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation.audit import (
     black_box,
     bpda,

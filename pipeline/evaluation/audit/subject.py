@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation.attacks import Problem, pgd_on
 from pipeline.evaluation.audit.chunks import Attack, attacked, fooled, predicted, worst
 from pipeline.evaluation.blocks import own_random_state, short_seed

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.training import AttackConfig, ThreatConfig
+from pipeline.config.base import ThreatModel
+from pipeline.config.training import AttackConfig
 from pipeline.training.attacks import default_step_size, pgd
 from pipeline.training.attacks.pgd import Model, Start
 
@@ -56,7 +57,7 @@ class Method(Protocol):
 class Attack:
     """A configured PGD within a threat."""
 
-    threat: ThreatConfig
+    threat: ThreatModel
     config: AttackConfig
 
     def cost(self, batches: int) -> Cost:
