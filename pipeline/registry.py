@@ -164,7 +164,7 @@ def _user() -> str:
 
 
 def _require_weights(network: Path, evaluated: str) -> None:
-    from pipeline.evaluation.blocks import model_digest
+    from pipeline.evaluation.judged_model import model_digest
     from pipeline.training import load_model
 
     if model_digest(load_model(network)) != evaluated:

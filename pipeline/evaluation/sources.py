@@ -15,7 +15,7 @@ from pipeline.artifacts import MODEL, runs_root
 from pipeline.config.data import DataConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.data import PreparedData, prepare
-from pipeline.evaluation.blocks import CODE
+from pipeline.evaluation.judged_model import CODE
 from pipeline.training.model_io import load_model
 from sparta_models import ActivationBank
 

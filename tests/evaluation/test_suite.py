@@ -21,7 +21,8 @@ from pipeline.config.evaluation import (
 )
 from pipeline.evaluation import AuditReport, Check, Evaluation, evaluate, evaluate_shard, merge
 from pipeline.evaluation.attacks import run_attack
-from pipeline.evaluation.blocks import evaluating, load_arrays, save_arrays
+from pipeline.evaluation.blocks import load_arrays, save_arrays
+from pipeline.evaluation.judged_model import evaluating
 
 CONFIG = EvaluationConfig(
     threat=ThreatModel(eps=0.1),

@@ -9,7 +9,7 @@ import torch
 from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.tracking import TrackingConfig
-from pipeline.evaluation.blocks import model_digest
+from pipeline.evaluation.judged_model import model_digest
 from pipeline.evaluation.records import AttackResult, AuditReport, Check, Evaluation
 from pipeline.evaluation.stats import Accuracy
 from pipeline.registry import main

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.attacks import Problem, uniform_noise
-from pipeline.evaluation.blocks import predict
+from pipeline.evaluation.judged_model import predict
 from pipeline.training.attacks import LOSSES, NORMS, default_step_size
 
 _DELTA = 0.01  # distance of SPSA's two evaluations, in pixel units, as Uesato et al. have it

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.config.base import ThreatModel
 from pipeline.evaluation.attacks import Problem, pgd_on
 from pipeline.evaluation.audit.chunks import Attack, attacked, fooled, predicted, worst
-from pipeline.evaluation.blocks import own_random_state, short_seed
+from pipeline.evaluation.judged_model import own_random_state, short_seed
 from pipeline.evaluation.records import Check
 
 FLOAT32_ONLY = (RuntimeError, TypeError, NotImplementedError)
