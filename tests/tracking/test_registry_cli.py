@@ -239,7 +239,7 @@ def test_a_network_with_another_activation_is_no_evidence(
     ActivationBank.from_model(other).save(root / "other")
     assert main(["--root", str(root), "push", str(root / "other")]) == 0
     assert main(promote) == 2
-    assert "to hold the activation of sparta-activation/2, got another one" in capsys.readouterr().err
+    assert "expected a network trained with sparta-activation/2 in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
