@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparta_models import build_activation, build_model, kernel_status
-from sparta_models.activations.sparta import VARIANTS
+from sparta_models.activations.gates import GATES
 from sparta_models.kernels import triton_kernel
 
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("relu", "silu", "frelu", "atac", "sparta")},
     "sparta 3x3": {"name": "sparta", "kernel_size": 3},
-    **{f"{v} 3x3": {"name": "sparta", "variant": v, "kernel_size": 3} for v in VARIANTS if v != "smoothmax"},
+    **{f"{v} 3x3": {"name": "sparta", "variant": v, "kernel_size": 3} for v in GATES if v != "smoothmax"},
 }
 NETS = {"resnet18": ({"width": 64}, 32, 2), "resnet8": ({"width": 16}, 128, 5)}
 """Options of the network, images in a batch, steps in a round."""

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +102,26 @@ def output_digest(outputs: Mapping[str, FileDigest]) -> str:
     return fingerprint({name: digest.sha256 for name, digest in outputs.items()})
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` to a temporary file beside `path`, flush it to disk and rename it: readers see all or nothing."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path`: the file written there is forced to disk and renamed, so readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened by name, not by mkstemp, whose mode 0600 would hide it from other users of a shared filesystem.
+    # A name alone, no file of mkstemp's, whose mode 0600 would hide it from other users of a shared filesystem.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # what is left of it would fill a full disk further
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_record(directory: Path, record: StageRecord) -> None:

@@ -17,14 +17,17 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from pipeline.artifacts import runs_root
 from pipeline.config.base import mistake, one_line
 from pipeline.config.tracking import TrackingConfig, redact
-from pipeline.tracking.lineage import Activation
 from pipeline.tracking.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CHAMPION = "champion"
 _OPTIONS: dict[int | str, str] = {"uri": "--uri", "registry_model": "--model"}
@@ -140,12 +143,13 @@ def _pair(text: str) -> tuple[str, str]:
 def _promote(registry: Registry, options: argparse.Namespace) -> None:
     from pipeline.evaluation.promotion import control_reasons, paired_gain, promotion_verdict
     from pipeline.evaluation.records import Evaluation
+    from pipeline.evaluation.sources import require_activation
 
     found = registry.resolve(options.reference)
     evaluation, control = Evaluation.load(options.evaluation), Evaluation.load(options.control)
-    _require_weights(options.network, evaluation.model_digest)
+    network = _require_weights(options.network, evaluation.model_digest)
     _require_weights(options.control_network, control.model_digest)
-    _require_activation(registry, found, options.network)
+    require_activation(network, options.network, registry, found.reference)
     paired = paired_gain(options.evaluation, options.control)
     verdict = promotion_verdict(evaluation, control, evaluation.audit, paired=paired)
     reasons = [*verdict.reasons, *control_reasons(options.network, options.control_network)]
@@ -169,26 +173,15 @@ def _user() -> str:
         return f"uid {os.getuid()}"
 
 
-def _require_weights(network: Path, evaluated: str) -> None:
-    from pipeline.evaluation.blocks import model_digest
+def _require_weights(network: Path, evaluated: str) -> "nn.Module":
+    """The network in a directory, whose digest must be that of the evaluated one."""
+    from pipeline.evaluation.judged_model import model_digest
     from pipeline.training import load_model
 
-    if model_digest(load_model(network)) != evaluated:
+    model = load_model(network)
+    if model_digest(model) != evaluated:
         raise ValueError(f"expected the evaluation to be of the weights in {network}, got one of other weights")
-
-
-def _require_activation(registry: Registry, found: Activation, network: Path) -> None:
-    """What was evaluated must be a network that holds exactly the registered activation."""
-    from tempfile import TemporaryDirectory
-
-    from pipeline.training import load_model
-    from sparta_models import ActivationBank
-
-    with TemporaryDirectory() as scratch:
-        registry.pull(found.reference, Path(scratch) / "bank")
-        bank = ActivationBank.load(Path(scratch) / "bank")
-    if ActivationBank.from_model(load_model(network)).digest != bank.digest:
-        raise ValueError(f"expected {network} to hold the activation of {found.reference}, got another one")
+    return model
 
 
 if __name__ == "__main__":

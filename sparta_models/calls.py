@@ -1,18 +1,11 @@
-"""The calls of activations in a traced network: which there are, and where in the network each of them stands.
-
-Stages follow the resolutions. A block is the innermost module that adds or concatenates maps in its own forward, or
-one of a class that does so elsewhere: residual and inverted residual blocks, dense layers, Inception modules. It
-belongs to the stage of its last call. A call in no such module is a block of its own, as in VGG.
-"""
+"""The calls of activations in a traced network: which there are, of what kind, and on what shapes."""
 
 import inspect
 import operator
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -62,7 +55,8 @@ _PARTS = {torch.split, torch.chunk, torch.tensor_split, "split", "chunk", "tenso
 _CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 _KEEP_AXES = _ELEMENTWISE | _PARTS | _CONCATENATIONS | {F.pad}
 """What changes a map's shape at most, and keeps the order of its axes."""
-_JOINS = _SUMS | _CONCATENATIONS
+JOINS = _SUMS | _CONCATENATIONS
+"""What adds or concatenates tensors."""
 
 
 @dataclass
@@ -136,7 +130,7 @@ class Call:
     @property
     def replaced(self) -> bool:
         """Whether a site comes here."""
-        return self.chosen and _is_map(self.shape)
+        return self.chosen and is_map(self.shape)
 
 
 def channel_axis(node: fx.Node) -> int:
@@ -175,6 +169,11 @@ def _permutation(node: fx.Node) -> list[int] | None:
         order[one], order[other] = other, one
         return order
     return None
+
+
+def is_map(shape: Sequence[int]) -> bool:
+    """Whether a shape is that of a map with more than one position."""
+    return len(shape) == 4 and shape[2] * shape[3] > 1
 
 
 def is_written_out(module: nn.Module) -> bool:
@@ -262,76 +261,3 @@ def _clip_kind(node: fx.Node) -> str | None:
     if "threshold" in names:
         return "relu" if bounds == (0, 0) else None
     return _CLAMPED.get(bounds)
-
-
-class Place(NamedTuple):
-    """Where a site comes: its stage, its block in it, and its position in this."""
-
-    stage: int
-    block: int
-    position: int
-
-
-def places(calls: Sequence[Call]) -> list[Place]:
-    """Give each call its place."""
-    blocks = _blocks(calls)
-    ends = {block: call.shape[2] for call, block in zip(calls, blocks, strict=True)}
-    heights = [ends[block] for block in blocks]
-    stem = _stem(blocks, heights)
-    sizes = sorted(set(heights[stem:]), reverse=True)
-    numbers: dict[int, dict[str | int, int]] = {}
-    positions: Counter[str | int] = Counter()
-    found = []
-    for i, (block, height) in enumerate(zip(blocks, heights, strict=True)):
-        stage = 0 if i < stem else sizes.index(height) + 1
-        number = numbers.setdefault(stage, {}).setdefault(block, len(numbers[stage]))
-        found.append(Place(stage, number, positions[block]))
-        positions[block] += 1
-    return found
-
-
-def _blocks(calls: Sequence[Call]) -> list[str | int]:
-    """The block of each call: a module, by its name in the stack of calls; or the call alone, by its number."""
-    joining = _joining_classes(calls)
-    inside = [next((name for name, kind in _around(call.node) if kind in joining), None) for call in calls]
-    heights: dict[str | None, set[int]] = {}
-    for call, block in zip(calls, inside, strict=True):
-        heights.setdefault(block, set()).add(call.shape[2])
-    # A network, or a half of one, whose own forward adds maps is no block.
-    small = {block for block, seen in heights.items() if len(seen) <= 2 and inside.count(block) < len(calls)}
-    return [i if block is None or block not in small else block for i, block in enumerate(inside)]
-
-
-def _joining_classes(calls: Sequence[Call]) -> set[type]:
-    """Classes of modules with calls in them, the traced one apart, that add or concatenate maps."""
-    holders = {name for call in calls for name, _ in _around(call.node)}
-    found: set[type] = set()
-    for node in calls[0].node.graph.nodes:
-        maps = [n for n in node.all_input_nodes if n.op != "get_attr" and _is_map(n.meta["shape"])]
-        if node.target in _JOINS and len(maps) > 1:
-            # The addition may be a module of its own, whose call is then its owner's act.
-            owners = [
-                kind for name, kind in _around(node)[:2] if name in holders and not issubclass(kind, nn.Sequential)
-            ]
-            found.update(owners[:1])
-    return found
-
-
-def _around(node: fx.Node) -> list[tuple[str, type]]:
-    """Name and class of the modules around a node, from the inside out. A module's second call has another name."""
-    return [(name, kind) for name, (_, kind) in reversed(node.meta.get("nn_module_stack", {}).items())]
-
-
-def _is_map(shape: Sequence[int]) -> bool:
-    return len(shape) == 4 and shape[2] * shape[3] > 1
-
-
-def _stem(blocks: Sequence[str | int], heights: Sequence[int]) -> int:
-    """Number of calls that are the stem: those before the first block at the first resolution; in a network without
-    blocks a single call there."""
-    leading = len(
-        list(takewhile(lambda i: isinstance(blocks[i], int) and heights[i] == heights[0], range(len(blocks))))
-    )
-    if any(isinstance(block, str) for block in blocks):
-        return leading
-    return int(leading == 1 < len(blocks) and heights[0] > max(heights[1:]))

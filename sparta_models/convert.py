@@ -19,8 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from sparta_models.activations import Activation
-from sparta_models.calls import KINDS, Call, is_written_out, places
+from sparta_models.calls import KINDS, Call, is_written_out
 from sparta_models.models.common import Normalize
+from sparta_models.places import places
 from sparta_models.sites import ActivationSpec, Site, install, unwrap
 
 

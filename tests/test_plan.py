@@ -37,14 +37,9 @@ from pipeline.stages.graph import head, tail
 from pipeline.training.network import forward_flops
 from sparta_models import build_model
 
+pytestmark = pytest.mark.usefixtures("own_root")
 DATA = DataSize(train=100, val=20, test=30, side=8, channels=1, num_classes=5, bytes_per_image=64)
 NETWORK = Network(flops=10.0, parameters=7, state_bytes=40)
-
-
-@pytest.fixture(autouse=True)
-def _own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARTA_RUNS", str(tmp_path / "runs"))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
 def test_training_is_counted_as_by_hand() -> None:

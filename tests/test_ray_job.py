@@ -6,7 +6,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking import Registry, read_history, read_journal
 from tests.faults.chains import Mirror, undisturbed
 from tests.faults.toys import figures
+from tests.helpers import free_port
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -113,12 +113,6 @@ class Head:
         request = urllib.request.Request(self.url + "/api/jobs/", headers={"Authorization": f"Bearer {self.token}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             return str(answer.read().decode())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,7 @@ from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 
-
-@pytest.fixture(autouse=True)
-def _own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARTA_RUNS", str(tmp_path / "runs"))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+pytestmark = pytest.mark.usefixtures("own_root")
 
 
 @pytest.fixture(autouse=True)

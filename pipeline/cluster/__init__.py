@@ -1,4 +1,4 @@
-"""Ray, and nothing but Ray: start it, check that the cluster can hold a request, train in workers, search."""
+"""All that is done by Ray: start it, check that the cluster can hold a request, train in workers, search."""
 
 from pipeline.cluster.capacity import Capacity, ClusterTooSmall, preflight
 from pipeline.cluster.launch import TrainingFailed, launch, launch_many

@@ -1,9 +1,9 @@
-"""What every configuration section shares: frozen, no unknown keys, and perturbation sizes written as "8/255"."""
+"""What the sections share: frozen, no unknown keys, sizes written as "8/255"; and what an adversary may do."""
 
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 _MISTAKES = 5
@@ -54,13 +54,32 @@ def parse_fraction(value: Any) -> Any:
 
 Eps = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0, allow_inf_nan=False)]
 """Radius of a perturbation, in pixel units of an image in [0, 1]; accepts "8/255". Above 1 it makes sense in l2 alone,
-where it is the length of many pixels together; whoever knows the norm checks that, by `check_radius`."""
+where it is the length of many pixels together; ThreatModel, which knows the norm, checks that."""
 
 PixelStep = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_inf_nan=False)]
 """A step in pixel units; may be 0; accepts "2/255". As to 1, see Eps."""
 
 
-def check_radius(norm: str, eps: float) -> None:
-    """Refuse a linf radius above 1, which is more than a pixel of [0, 1] can move by."""
-    if norm == "linf" and eps > 1:
-        raise ValueError(f'expected 0 < eps <= 1 for linf, got {eps}: pixels are in [0, 1], write "8/255"')
+class ThreatModel(Section):
+    """What the adversary may do: move an image by at most eps in a norm, inside [0, 1]."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the perturbation."""
+    eps: Eps = 8 / 255
+    """Radius in pixel units of an image in [0, 1]; accepts "8/255". At most 1 for linf."""
+
+    @model_validator(mode="after")
+    def _inside_the_box(self) -> "ThreatModel":
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f'expected 0 < eps <= 1 for linf, got {self.eps}: pixels are in [0, 1], write "8/255"')
+        return self
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, e.g. "linf 0.0314"."""
+        return f"{self.norm} {self.eps:.4g}"
+
+    def scaled(self, multiple: float) -> "ThreatModel":
+        """The same norm at `multiple` times the radius (at most 1 for linf)."""
+        eps = multiple * self.eps
+        return ThreatModel(norm=self.norm, eps=min(eps, 1.0) if self.norm == "linf" else eps)

@@ -3,36 +3,11 @@
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from pipeline.config.base import Eps, Section, check_radius
+from pipeline.config.base import Eps, Section, ThreatModel
 
-Norm = Literal["linf", "l2"]
 Loss = Literal["ce", "margin", "dlr"]
-
-
-class ThreatModel(Section):
-    """What the adversary may do: move an image by at most eps in a norm, inside [0, 1]."""
-
-    norm: Norm = "linf"
-    """Norm of the perturbation."""
-    eps: Eps = 8 / 255
-    """Radius in pixel units of an image in [0, 1]; accepts "8/255". At most 1 for linf."""
-
-    @model_validator(mode="after")
-    def _inside_the_box(self) -> "ThreatModel":
-        check_radius(self.norm, self.eps)
-        return self
-
-    @property
-    def label(self) -> str:
-        """Short name for tables, e.g. "linf 0.0314"."""
-        return f"{self.norm} {self.eps:.4g}"
-
-    def scaled(self, multiple: float) -> "ThreatModel":
-        """The same norm at `multiple` times the radius (at most 1 for linf)."""
-        eps = multiple * self.eps
-        return ThreatModel(norm=self.norm, eps=min(eps, 1.0) if self.norm == "linf" else eps)
 
 
 class NoiseAttack(Section):
@@ -132,12 +107,12 @@ class TransferAttack(Section):
         return f"transfer-{self.loss}-{self.steps}"
 
 
-AttackConfig = Annotated[
+AnyAttack = Annotated[
     NoiseAttack | FGSMAttack | PGDAttack | TargetedAttack | SquareAttack | AutoAttack | TransferAttack,
     Field(discriminator="kind"),
 ]
 
-_QUICK: tuple[AttackConfig, ...] = (
+_QUICK: tuple[AnyAttack, ...] = (
     NoiseAttack(num_draws=5),
     FGSMAttack(),
     PGDAttack(steps=20),
@@ -145,7 +120,7 @@ _QUICK: tuple[AttackConfig, ...] = (
     TargetedAttack(steps=10, num_targets=2),
     SquareAttack(num_queries=200),
 )
-_STANDARD: tuple[AttackConfig, ...] = (
+_STANDARD: tuple[AnyAttack, ...] = (
     NoiseAttack(),
     FGSMAttack(),
     PGDAttack(steps=20),
@@ -155,7 +130,7 @@ _STANDARD: tuple[AttackConfig, ...] = (
     SquareAttack(num_queries=1000),
     TransferAttack(),
 )
-SUITES: dict[str, tuple[AttackConfig, ...]] = {
+SUITES: dict[str, tuple[AnyAttack, ...]] = {
     "quick": _QUICK,
     "standard": _STANDARD,
     "full": (*_STANDARD[:6], AutoAttack(), TransferAttack()),
@@ -177,7 +152,7 @@ def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
-def _distinct(attacks: tuple[AttackConfig, ...]) -> tuple[AttackConfig, ...]:
+def _distinct(attacks: tuple[AnyAttack, ...]) -> tuple[AnyAttack, ...]:
     names = [attack.name for attack in attacks]
     if len(set(names)) < len(names):
         raise ValueError(f"expected every attack once, got {', '.join(names)}: remove the doubled ones")
@@ -224,7 +199,7 @@ class EvaluationConfig(Section):
     threat: ThreatModel = ThreatModel()
     """The adversary that the headline numbers are about."""
     attacks: Annotated[
-        tuple[AttackConfig, ...], BeforeValidator(_named_suite), AfterValidator(_distinct), Field(min_length=1)
+        tuple[AnyAttack, ...], BeforeValidator(_named_suite), AfterValidator(_distinct), Field(min_length=1)
     ] = _QUICK
     """Attacks in their order, as a list or as the name of a suite: quick, standard or full. Only images that are still
     classified correctly go on to the next attack."""

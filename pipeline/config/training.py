@@ -5,23 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.base import Eps, PixelStep, Section, check_radius
+from pipeline.config.base import PixelStep, Section, ThreatModel
 
 AttackLoss = Literal["ce", "margin", "dlr", "kl"]
-
-
-class ThreatConfig(Section):
-    """The set of perturbations the network is to withstand; shared by the training attack and the selection attack."""
-
-    norm: Literal["linf", "l2"] = "linf"
-    """Norm of the ball around an image."""
-    eps: Eps = 8 / 255
-    """Radius of the ball, in pixel units; accepts "8/255". At most 1 for linf."""
-
-    @model_validator(mode="after")
-    def _inside_the_box(self) -> "ThreatConfig":
-        check_radius(self.norm, self.eps)
-        return self
 
 
 class AttackConfig(Section):
@@ -243,7 +229,7 @@ class SelectionConfig(Section):
     """Accuracy to maximise; unset: robust, or clean for standard training."""
     attack: AttackConfig = AttackConfig(steps=10)
     """The fixed evaluation attack, at the threat's full eps."""
-    threat: ThreatConfig | None = None
+    threat: ThreatModel | None = None
     """What the evaluation attack may do; unset: training.threat. A search sets it, so that its trials compare."""
     every: int = Field(default=1, ge=1)
     """Validate every so many epochs (the last one always)."""
@@ -282,7 +268,7 @@ class TrainingConfig(Section):
     """Number of passes over the training split."""
     batch_size: int = Field(default=128, ge=1)
     """Images per step over all workers together."""
-    threat: ThreatConfig = ThreatConfig()
+    threat: ThreatModel = ThreatModel()
     """Perturbations to withstand."""
     eps_warmup_epochs: float = Field(default=0.0, ge=0)
     """The training attack grows linearly from 0 to the full eps over these epochs."""

@@ -12,7 +12,8 @@ from pipeline.artifacts import runs_root
 from pipeline.config.base import one_line
 from pipeline.config.evaluation import SUITES, EvaluationConfig
 from pipeline.evaluation.audit.confusion import confusion_table
-from pipeline.evaluation.blocks import evaluating, load_arrays, predict
+from pipeline.evaluation.blocks import load_arrays
+from pipeline.evaluation.judged_model import evaluating, predict
 from pipeline.evaluation.promotion import paired_gain, promotion_verdict
 from pipeline.evaluation.records import Evaluation
 from pipeline.evaluation.sources import FORMS, open_data, open_model

@@ -7,22 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import (
-    AttackConfig,
+    AnyAttack,
     AutoAttack,
     FGSMAttack,
     NoiseAttack,
     PGDAttack,
     SquareAttack,
     TargetedAttack,
-    ThreatModel,
     TransferAttack,
 )
 from pipeline.evaluation.ensemble import autoattack, square
-from pipeline.training.attacks import fgsm, pgd
-
-STEP_RULE = 2.5
-"""PGD's step is this times eps / steps, so that the far side of the ball is in reach (Madry et al., 2018)."""
+from pipeline.training.attacks import default_step_size, fgsm, pgd
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Problem:
 
 
 def run_attack(
-    attack: AttackConfig, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int,
+    attack: AnyAttack, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int,
     reference: nn.Module | None = None,
 ) -> tuple[Tensor, list[str]]:  # fmt: skip
     """Attack x (B, C, H, W), y (B,).
@@ -58,13 +55,17 @@ def run_attack(
 
 def pgd_on(
     problem: Problem, *, steps: int, restarts: int = 1, loss: str = "ce", step_size: float | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | None = None, targets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """PGD on the problem, with the default step rule, on `model` in place of the problem's where given."""
+    """PGD on the problem, with the default step size, on `model` in place of the problem's where given.
+
+    targets: (B,) classes to reach.
+    """
     eps = problem.threat.eps
     return pgd(
-        model or problem.model, problem.x, problem.y, eps=eps, step_size=step_size or STEP_RULE * eps / steps,
+        model or problem.model, problem.x, problem.y, eps=eps, step_size=step_size or default_step_size(eps, steps),
         steps=steps, norm=problem.threat.norm, loss=loss, restarts=restarts, generator=problem.generator(),
+        targets=targets,
     )  # fmt: skip
 
 
@@ -104,17 +105,14 @@ def _pgd(attack: PGDAttack, problem: Problem) -> tuple[Tensor, list[str]]:
 
 
 def _targeted(attack: TargetedAttack, problem: Problem) -> tuple[Tensor, list[str]]:
-    p, eps = problem, problem.threat.eps
+    p = problem
     with torch.no_grad():
         logits = p.model(p.x)
     order = logits.scatter(1, p.y[:, None], -torch.inf).argsort(1, descending=True)
     candidates = [
-        pgd(
-            p.model, p.x, p.y, eps=eps, step_size=STEP_RULE * eps / attack.steps, steps=attack.steps,
-            norm=p.threat.norm, loss="margin", generator=p.generator(), targets=order[:, i],
-        )
+        pgd_on(p, steps=attack.steps, loss="margin", targets=order[:, i])
         for i in range(min(attack.num_targets, logits.shape[1] - 1))
-    ]  # fmt: skip
+    ]
     return worst_of(p.model, p.x, p.y, candidates), []
 
 

@@ -4,12 +4,7 @@ Blocks are fixed slices of the test split, and every random number comes from (s
 not depend on which worker took which block, and an evaluation that was killed goes on with the blocks that are missing.
 """
 
-import hashlib
-import os
-import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,17 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts import canonical
-from pipeline.config.evaluation import AttackConfig, EvaluationConfig, PGDAttack, ThreatModel, TransferAttack
+from pipeline.artifacts import whole
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import AnyAttack, EvaluationConfig, PGDAttack, TransferAttack
 from pipeline.data.errors import UNREADABLE_NPZ
 from pipeline.evaluation.attacks import run_attack
+from pipeline.evaluation.judged_model import attackable, evaluating, own_random_state, predict, short_seed
 from pipeline.evaluation.sample import Positions
-from pipeline.training.seeds import derive_seed
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 Mask = npt.NDArray[np.bool_]
-CODE = "code_sha256"
-"""Attribute of a model that is a user's own: the digest of its code, which its tensors do not show."""
 
 
 class Block(NamedTuple):
@@ -46,76 +40,6 @@ class Block(NamedTuple):
     """(B,) labels."""
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode and convolutions into full float32, then every submodule back into its own mode.
-
-    TF32, the default of CUDA convolutions, makes an image's logits depend on its batch in the third digit.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    cudnn = torch.backends.cudnn
-    try:
-        with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def own_random_state(seed: int) -> Iterator[None]:
-    """Global random numbers that a model may draw come from `seed`; the caller's state is left alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-def model_digest(model: nn.Module) -> str:
-    """sha256 over the class names, CODE where it is set, and the state_dict's tensors: name, dtype, shape and bytes."""
-    state = hashlib.sha256("/".join(type(module).__qualname__ for module in model.modules()).encode())
-    state.update(str(getattr(model, CODE, "")).encode())
-    for name, tensor in model.state_dict().items():
-        state.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
-
-
-def short_seed(seed: int, *labels: object) -> int:
-    """A 31-bit seed for one purpose, independent of all others: some attacks' libraries take no longer one."""
-    return derive_seed(seed, *map(str, labels)) >> 32
-
-
-class _Connected(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)
-        return logits + 0 * x.flatten(1).sum(1, keepdim=True)
-
-
-def attackable(model: nn.Module, x: Tensor) -> nn.Module:
-    """`model` itself; or where no gradient reaches its input (a detach inside), the same function with a zero gradient.
-
-    So gradient attacks come back empty-handed instead of raising, and black-box attacks and the audit can tell.
-    """
-    inner = x[:1].detach().requires_grad_()
-    with torch.enable_grad():
-        total = model(inner).sum()
-    if total.requires_grad and torch.autograd.grad(total, inner, allow_unused=True)[0] is not None:
-        return model
-    return _Connected(model)
-
-
-def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """Predicted class (B,) of x (B, C, H, W)."""
-    with torch.no_grad():
-        predicted: Tensor = model(x).argmax(1)
-    return predicted
-
-
 class _Cascade:
     """Attacks in turn on what is still correct, under one threat model."""
 
@@ -124,7 +48,7 @@ class _Cascade:
         self.correct, self.x_adv = correct.clone(), x.clone()
         self.warnings: list[str] = []
 
-    def run(self, attack: AttackConfig, seed: int, reference: nn.Module | None) -> npt.NDArray[np.bool_]:
+    def run(self, attack: AnyAttack, seed: int, reference: nn.Module | None) -> npt.NDArray[np.bool_]:
         """Attack the survivors; returns (B,) who is correct after it."""
         alive = self.correct.nonzero().flatten()
         if len(alive):
@@ -254,21 +178,12 @@ def _diverse(y: npt.NDArray[np.int64], candidates: Positions, count: int) -> Pos
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write an .npz to a temporary name, read it back, rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened by name, not by mkstemp, whose mode 0600 would hide it from other users of a shared filesystem.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    """Write an .npz and read it back; whole or not at all."""
+    with whole(path) as temporary:
         with temporary.open("xb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
-            file.flush()
-            os.fsync(file.fileno())
         if load_arrays(temporary) is None:
             raise OSError(f"{path} could not be read back after writing: is the disk full?")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load_arrays(path: Path) -> Arrays | None:

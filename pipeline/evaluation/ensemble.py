@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 

@@ -8,8 +8,8 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.artifacts import digest_file, write_atomic
-from pipeline.config.base import Section, one_line
-from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.base import Section, ThreatModel, one_line
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.evaluation.stats import Accuracy
 
 RECORD = "evaluation.json"

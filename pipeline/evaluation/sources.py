@@ -15,7 +15,8 @@ from pipeline.artifacts import MODEL, runs_root
 from pipeline.config.data import DataConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.data import PreparedData, prepare
-from pipeline.evaluation.blocks import CODE
+from pipeline.evaluation.judged_model import CODE
+from pipeline.tracking.registry import Registry
 from pipeline.training.model_io import load_model
 from sparta_models import ActivationBank
 
@@ -99,11 +100,15 @@ def _registered(source: str, network: Path | None, root: Path, device: torch.dev
             f"expected --network DIRECTORY beside {source!r}: the registry holds an activation, and robustness is a "
             "property of the network that was trained with it"
         )
-    from pipeline.tracking.registry import Registry
-
     model = _from_directory(network, device)
+    require_activation(model, network, Registry(TrackingConfig(), root), source)
+    return model
+
+
+def require_activation(model: nn.Module, network: Path, registry: Registry, reference: str) -> None:
+    """Raise ValueError unless `model`, of the directory `network`, holds exactly the registered activation."""
     with tempfile.TemporaryDirectory() as scratch:
-        found = Registry(TrackingConfig(), root).pull(source, Path(scratch) / "bank")
+        found = registry.pull(reference, Path(scratch) / "bank")
         bank = ActivationBank.load(Path(scratch) / "bank")
     own = ActivationBank.from_model(model)
     if own != bank:
@@ -111,4 +116,3 @@ def _registered(source: str, network: Path | None, root: Path, device: torch.dev
             f"expected a network trained with {found.reference} in {network}, got one with another activation "
             f"({own.digest[:12]}, not {bank.digest[:12]}): train one with it by the transfer stage"
         )
-    return model

@@ -10,19 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import digest_file, fingerprint
-from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.data import PreparedData, open_split
 from pipeline.evaluation.audit import audit
-from pipeline.evaluation.blocks import (
-    OTHER_ATTACKS,
-    Arrays,
-    Block,
-    judge_block,
-    load_arrays,
-    model_digest,
-    pictured,
-    save_arrays,
-)
+from pipeline.evaluation.blocks import OTHER_ATTACKS, Arrays, Block, judge_block, load_arrays, pictured, save_arrays
+from pipeline.evaluation.judged_model import model_digest
 from pipeline.evaluation.records import ARRAYS, AttackResult, ClassResult, CurvePoint, Evaluation
 from pipeline.evaluation.sample import Positions, sample
 from pipeline.evaluation.stats import Accuracy

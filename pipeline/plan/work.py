@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config.chain import ChainConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import (
-    AttackConfig,
+    AnyAttack,
     AutoAttack,
     EvaluationConfig,
     NoiseAttack,
@@ -126,7 +126,7 @@ def evaluation_flops(network: Network, config: EvaluationConfig, data: DataSize)
     return network.flops * (n * passes + curve)
 
 
-def _attack_passes(attack: AttackConfig, num_classes: int) -> float:
+def _attack_passes(attack: AnyAttack, num_classes: int) -> float:
     """Forward passes that one image costs; a backward to the input is one more."""
     match attack:
         case NoiseAttack(num_draws=n) | SquareAttack(num_queries=n):

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.report.facts import Row
 from pipeline.report.gates import Response
 from pipeline.report.inputs import ModelCard, ReportInputs

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.artifacts import sha256_of
+
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.models import Model
@@ -39,11 +41,12 @@ def manifest(directory: Path) -> dict[str, str]:
     if not any(path.suffix == ".safetensors" for path in files) or len(files) > _MAX_FILES:
         expected = f"1 to {_MAX_FILES} files with a .safetensors among them"
         raise ValueError(f"expected {expected} in {str(directory)!r}, got {len(files)} files")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: sha256_of(path) for path in files}
 
 
 def combined_digest(files: dict[str, str]) -> str:
     """One sha256 for a manifest: what a version is pinned by."""
+    # Not by artifacts.fingerprint: it escapes no names, and of those outside ASCII versions would change their digests.
     return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -1,10 +1,9 @@
-"""Files that are whole or absent: written to a temporary name, forced to disk, renamed. Nothing is pickled."""
+"""Tensors on disk, whole or absent: files, and directories with a record of their digests. Nothing is pickled."""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.artifacts import sha256_of, write_atomic
+from pipeline.artifacts import sha256_of, whole, write_atomic
 
 
 class DamagedFilesError(ValueError):
@@ -21,25 +20,11 @@ class DamagedFilesError(ValueError):
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a .safetensors file, whole or not at all. Raises OSError when the disk refuses."""
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         try:
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
         except SafetensorError as error:  # whatever the operating system said, in words
             raise OSError(f"{path} could not be written: {error}") from error
-        _force(temporary)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name beside `path`; what is written there takes its place at the end, and is removed where that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:  # what is left of it would fill a full disk further
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_directory(
@@ -96,11 +81,6 @@ def read_directory(directory: Path, *, record: str) -> tuple[dict[str, dict[str,
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedFilesError(f"expected a complete directory at {directory}, got {error!r}") from error
-
-
-def _force(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _replace(temporary: Path, directory: Path) -> None:

@@ -6,7 +6,8 @@ counts as not robust and is not attacked.
 
 import torch
 
-from pipeline.config.training import SelectionConfig, ThreatConfig
+from pipeline.config.base import ThreatModel
+from pipeline.config.training import SelectionConfig
 from pipeline.data import Loader
 from pipeline.training.attacks.pgd import Model
 from pipeline.training.context import Context
@@ -16,7 +17,7 @@ from pipeline.training.seeds import generator_for
 
 
 def validate(
-    model: Model, loader: Loader, threat: ThreatConfig, selection: SelectionConfig, *, seed: int, context: Context
+    model: Model, loader: Loader, threat: ThreatModel, selection: SelectionConfig, *, seed: int, context: Context
 ) -> tuple[float, float]:
     """Clean and robust accuracy in [0, 1] over all ranks' images."""
     attack = Attack(threat, selection.attack)

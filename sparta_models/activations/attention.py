@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparta_models.activations.functional import correlate, own_precision
 from sparta_models.activations.fused import alias, for_kernel, gradients, kernel_for, layout, needed, traced
+from sparta_models.activations.gate import correlate, own_precision
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 

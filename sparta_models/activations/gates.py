@@ -9,26 +9,14 @@ from torch.nn import functional as F
 
 from sparta_models.activations.attention import attention_gate
 from sparta_models.activations.attention import logits as attention_logits
-from sparta_models.activations.functional import correlate, depthwise_gate, smooth_max
+from sparta_models.activations.gate import correlate, depthwise_gate, smooth_max
 
 
 class Gate(nn.Module):
-    """One form of g, and the activation made of it."""
+    """One form of Sparta; all of them share a correlation w * x + b of each channel with its own k x k kernel."""
 
     any_width = False
     """Whether the parameters fit every number of channels."""
-
-    def activate(self, x: Tensor) -> Tensor:
-        """Return y = x sigmoid(g(x)), (B, C, H, W)."""
-        return x * torch.sigmoid(self(x))
-
-    def flops(self, num_channels: int, height: int, width: int) -> int:
-        """FLOPs of `activate` for one image."""
-        raise NotImplementedError
-
-
-class CorrelationGate(Gate):
-    """What the forms share: a correlation w * x + b of each channel with its own k x k kernel."""
 
     def __init__(self, num_channels: int, *, kernel_size: int, dilation: int, beta: float, bias: bool) -> None:
         super().__init__()
@@ -40,13 +28,17 @@ class CorrelationGate(Gate):
         """Return g(x), (B, C, H, W)."""
         return correlate(x, self.weight, self.bias, self.dilation)
 
+    def activate(self, x: Tensor) -> Tensor:
+        """Return y = x sigmoid(g(x)), (B, C, H, W)."""
+        return x * torch.sigmoid(self(x))
+
     def flops(self, num_channels: int, height: int, width: int) -> int:
         """FLOPs of `activate` for one image."""
         per_element = 2 * self.weight[0].numel() + (self.bias is not None) + 4
         return per_element * num_channels * height * width
 
 
-class DepthwiseGate(CorrelationGate):
+class DepthwiseGate(Gate):
     """g(x)_c = w_c * x_c + b_c: each channel looks at its own k x k neighbourhood."""
 
     def activate(self, x: Tensor) -> Tensor:
@@ -54,7 +46,7 @@ class DepthwiseGate(CorrelationGate):
         return depthwise_gate(x, self.weight, self.bias, self.dilation)
 
 
-class AttentionGate(CorrelationGate):
+class AttentionGate(Gate):
     """g(x)_c = w_c * x_c + b_c + v * [mean_c x, max_c x]: a map that all channels share is added; v = 0 at the
     start."""
 
@@ -76,7 +68,7 @@ class AttentionGate(CorrelationGate):
         return super().flops(num_channels, height, width) + maps
 
 
-class LowRankGate(CorrelationGate):
+class LowRankGate(Gate):
     """g(x)_c = w_c * x_c + b_c + (U V x)_c: channels are mixed through C / 8 directions; U = 0 at the start."""
 
     def __init__(self, num_channels: int, *, kernel_size: int, dilation: int, beta: float, bias: bool) -> None:
@@ -95,7 +87,7 @@ class LowRankGate(CorrelationGate):
         return super().flops(num_channels, height, width) + mixing
 
 
-class SharedGate(CorrelationGate):
+class SharedGate(Gate):
     """g(x)_c = w * x_c + b: one kernel for all channels, so that it fits every width."""
 
     any_width = True
@@ -116,7 +108,7 @@ class SharedGate(CorrelationGate):
         return self.weight.expand(num_channels, -1, -1, -1), bias
 
 
-class SmoothMaxGate(CorrelationGate):
+class SmoothMaxGate(Gate):
     """y = T + (x - T) s(b_c (x - T)), T = w_c * x_c: smooth maximum of x and a spatial condition; w = 0 at the start.
 
     The limit of sharp b_c is FReLU's max(x, T). The offset that `bias` adds is T's.
@@ -125,6 +117,10 @@ class SmoothMaxGate(CorrelationGate):
     def __init__(self, num_channels: int, *, kernel_size: int, dilation: int, beta: float, bias: bool) -> None:
         super().__init__(num_channels, kernel_size=kernel_size, dilation=dilation, beta=0.0, bias=bias)
         self.sharpness = nn.Parameter(torch.full((num_channels, 1, 1), float(beta)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return T, (B, C, H, W): what x is compared with, and no argument of the sigmoid."""
+        return super().forward(x)
 
     def activate(self, x: Tensor) -> Tensor:
         """Return the smooth maximum, (B, C, H, W)."""
@@ -142,7 +138,7 @@ def dirac(num_channels: int, kernel_size: int, centre: float) -> Tensor:
     return weight
 
 
-GATES: dict[str, type[CorrelationGate]] = {
+GATES: dict[str, type[Gate]] = {
     "depthwise": DepthwiseGate,
     "attention": AttentionGate,
     "lowrank": LowRankGate,

@@ -18,7 +18,6 @@ from torch import Tensor
 from sparta_models.activations.base import VARYING_DEPENDENT, Activation, check_kernel_size
 from sparta_models.activations.gates import GATES, Gate
 
-VARIANTS = tuple(GATES)
 INITS = {"silu": 1.0, "relu": 10.0}
 
 
@@ -76,8 +75,8 @@ class Sparta(Activation):
 
 
 def _check(variant: str, kernel_size: int, dilation: int, beta: float, init: str) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"expected a variant among {', '.join(VARIANTS)}, got {variant!r}")
+    if variant not in GATES:
+        raise ValueError(f"expected a variant among {', '.join(GATES)}, got {variant!r}")
     check_kernel_size(kernel_size)
     if dilation < 1:
         raise ValueError(f"expected dilation >= 1, got {dilation}")

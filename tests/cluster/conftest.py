@@ -16,3 +16,12 @@ def _workers_find_the_toys():
     patch.setenv("OMP_NUM_THREADS", "1")
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def ray_session(request: pytest.FixtureRequest, _workers_find_the_toys):
+    """One Ray for all tests of a file, by its SCALING."""
+    from pipeline.cluster import ensure_ray
+
+    with ensure_ray(request.module.SCALING):
+        yield

@@ -10,16 +10,9 @@ import psutil
 import pytest
 import torch
 
-from pipeline.cluster import ensure_ray
+from pipeline.config.base import ThreatModel
 from pipeline.config.data import DataConfig
-from pipeline.config.evaluation import (
-    AuditConfig,
-    CurveConfig,
-    EvaluationConfig,
-    PGDAttack,
-    ThreatModel,
-    TransferAttack,
-)
+from pipeline.config.evaluation import AuditConfig, CurveConfig, EvaluationConfig, PGDAttack, TransferAttack
 from pipeline.config.load import load_config
 from pipeline.config.scaling import ScalingConfig
 from pipeline.data import PreparedData, prepare
@@ -32,6 +25,7 @@ from pipeline.training.model_io import ModelMeta
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.usefixtures("ray_session"),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 SCALING = ScalingConfig(num_workers=2, num_cpus=2, health_check_interval=0.2)
@@ -44,12 +38,6 @@ CONFIG = EvaluationConfig(
     audit=AuditConfig(budget="off"),
 )
 NUM_BLOCKS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session(_workers_find_the_toys):
-    with ensure_ray(SCALING):
-        yield
 
 
 @pytest.fixture

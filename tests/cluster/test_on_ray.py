@@ -15,7 +15,7 @@ import torch
 from cluster_toys import ToyJob, ToyResult, slow_trial, toy_train, toy_trial
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from pipeline.cluster import ClusterTooSmall, TrainingFailed, ensure_ray, launch, preflight
+from pipeline.cluster import ClusterTooSmall, TrainingFailed, launch, preflight
 from pipeline.cluster.launch import run_jobs
 from pipeline.cluster.orphans import free_orphans, freeing_orphans
 from pipeline.cluster.sweep import SearchFailed, load_trials, search
@@ -30,6 +30,7 @@ from pipeline.training import Context, TrainedModel, TrainingStopped, TrainJob, 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.usefixtures("ray_session"),
     pytest.mark.timeout(600),  # three starts of a worker group, for all launched jobs together, on a busy machine
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
@@ -39,12 +40,6 @@ LR_SPACE = """
 training.optimizer.lr: {choice: [0.001, 0.01, 0.1, 1.0]}
 training.eps_warmup_epochs: {choice: [0.0, 1.0]}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session(_workers_find_the_toys):
-    with ensure_ray(SCALING):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import pytest
 from cluster_toys import toy_trial
 from sweep_toys import fragile_trial, tradeoff_trial
 
-from pipeline.cluster import ensure_ray
 from pipeline.cluster.sweep import search
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import load_config
@@ -15,14 +14,10 @@ from pipeline.config.scaling import ScalingConfig
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.usefixtures("ray_session"),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session(_workers_find_the_toys):
-    with ensure_ray(ScalingConfig(num_cpus=1, health_check_interval=0.2)):
-        yield
+SCALING = ScalingConfig(num_cpus=1, health_check_interval=0.2)
 
 
 def config(root: Path, space: str, *settings: str) -> ChainConfig:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation import CHECKS, audit
 from pipeline.evaluation.attacks import Problem
 from pipeline.evaluation.audit.confusion import audit_case

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation import AuditReport, Check, audit
 from pipeline.evaluation.audit import (
     determinism,

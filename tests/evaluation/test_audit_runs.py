@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation import audit
 from pipeline.evaluation.__main__ import main
 from pipeline.evaluation.attacks import Problem, uniform_noise

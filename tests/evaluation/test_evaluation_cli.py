@@ -8,7 +8,7 @@ import torch
 from pipeline.config.tracking import TrackingConfig
 from pipeline.evaluation import Evaluation
 from pipeline.evaluation.__main__ import main
-from pipeline.evaluation.blocks import model_digest
+from pipeline.evaluation.judged_model import model_digest
 from pipeline.evaluation.sources import open_model
 from pipeline.training.model_io import ModelMeta, save_model
 from sparta_models import ActivationBank, build_model

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.evaluation import SUITES, CurveConfig, EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import SUITES, CurveConfig, EvaluationConfig
 from pipeline.evaluation import CHECKS, Accuracy, Evaluation
 from pipeline.evaluation.audit.verdict import BEATEN_FAIL, BEATEN_WARN, judged_share
 from pipeline.evaluation.records import AttackResult, ClassResult, CurvePoint

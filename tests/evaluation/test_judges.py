@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.evaluation import SUITES, AuditConfig, AutoAttack, CurveConfig, EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import SUITES, AuditConfig, AutoAttack, CurveConfig, EvaluationConfig
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.attacks import worst_of
 from pipeline.evaluation.ensemble import autoattack, square

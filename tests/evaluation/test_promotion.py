@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.evaluation import Accuracy, AuditReport, Check, Evaluation, difference, mcnemar, promotion_verdict
 from pipeline.evaluation.promotion import control_reasons, paired_gain
 from pipeline.evaluation.records import AttackResult

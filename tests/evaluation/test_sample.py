@@ -6,8 +6,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.data import DataConfig
-from pipeline.config.evaluation import AuditConfig, CurveConfig, EvaluationConfig, NoiseAttack, ThreatModel
+from pipeline.config.evaluation import AuditConfig, CurveConfig, EvaluationConfig, NoiseAttack
 from pipeline.data import PreparedData, open_split, prepare
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.sample import sample

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import (
     AuditConfig,
     CurveConfig,
@@ -16,12 +17,12 @@ from pipeline.config.evaluation import (
     PGDAttack,
     SquareAttack,
     TargetedAttack,
-    ThreatModel,
     TransferAttack,
 )
 from pipeline.evaluation import AuditReport, Check, Evaluation, evaluate, evaluate_shard, merge
 from pipeline.evaluation.attacks import run_attack
-from pipeline.evaluation.blocks import evaluating, load_arrays, save_arrays
+from pipeline.evaluation.blocks import load_arrays, save_arrays
+from pipeline.evaluation.judged_model import evaluating
 
 CONFIG = EvaluationConfig(
     threat=ThreatModel(eps=0.1),

@@ -3,7 +3,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.evaluation import SUITES, EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import SUITES, EvaluationConfig
 
 
 def test_eps_is_read_as_a_fraction_of_255():

@@ -2,14 +2,12 @@
 
 import os
 import subprocess
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import DataConfig, SplitLimits
+from pipeline.config.base import ThreatModel
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import (
     AttackConfig,
@@ -18,22 +16,18 @@ from pipeline.config.training import (
     OptimizerConfig,
     PGDATConfig,
     SelectionConfig,
-    ThreatConfig,
     TrainingConfig,
 )
-from pipeline.data import FfcvMissingWarning, PreparedData, prepare
+from pipeline.data import PreparedData
 from pipeline.training import TrainJob
 from tests.faults.toys import Result, finish, start
+from tests.helpers import few_digits
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """64 training images: two steps an epoch."""
-    config = DataConfig(dataset="digits", limit=SplitLimits(train=64, val=30, test=20), loader="memory")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FfcvMissingWarning)
-        patch.setitem(sys.modules, "ffcv", None)
-        return prepare(config, tmp_path_factory.mktemp("digits"), seed=0)
+    return few_digits(tmp_path_factory.mktemp("digits"), train=64)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +36,7 @@ def make_job(digits: PreparedData) -> Callable[[Path], TrainJob]:
     training = TrainingConfig(
         epochs=8,
         batch_size=32,
-        threat=ThreatConfig(eps=0.1),
+        threat=ThreatModel(eps=0.1),
         method=PGDATConfig(attack=AttackConfig(steps=1)),
         optimizer=OptimizerConfig(lr=0.05),
         selection=SelectionConfig(attack=AttackConfig(steps=1)),

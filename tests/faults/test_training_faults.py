@@ -5,10 +5,12 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.artifacts import write_atomic
+from pipeline.evaluation.blocks import save_arrays
 from pipeline.tracking import Journal
 from pipeline.tracking.journal import read_journal
 from pipeline.training import Context, TrainJob, train
@@ -124,6 +126,7 @@ def test_what_could_not_be_written_takes_up_no_space(tmp_path: Path, monkeypatch
     for write in (
         lambda: write_atomic(tmp_path / "a", "x"),
         lambda: save_tensors(tmp_path / "b", {"x": torch.ones(9)}),
+        lambda: save_arrays(tmp_path / "c", {"x": np.ones(9)}),
     ):
         with pytest.raises(OSError, match="No space left"):
             write()

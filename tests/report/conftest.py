@@ -7,7 +7,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from pipeline.artifacts import digest_file
-from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.evaluation import CHECKS
 from pipeline.evaluation.records import (
     ARRAYS,

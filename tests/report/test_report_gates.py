@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.report.charts import pareto_front
 from pipeline.report.gates import SURROUNDINGS, gate_maps, last_sites, responses
 from sparta_models import ACTIVATIONS, build_model
 from tests.report.conftest import network
@@ -93,8 +92,3 @@ def test_every_activation_has_gates_and_responses(name: str, images: torch.Tenso
     assert list(maps) == [info.stage for info in last_sites(model)]
     assert all(np.isfinite(m).all() and m.min() >= 0 and m.max() <= 1 for m in maps.values())
     assert all(np.isfinite(y).all() for response in responses(model, images[:1]) for y in response.y.values())
-
-
-def test_no_point_beats_those_on_the_front():
-    points = [(0.1, 0.9), (0.5, 0.5), (0.9, 0.1), (0.4, 0.4), (0.5, 0.4), (0.1, 0.9)]
-    assert sorted(pareto_front(points)) == [(0.1, 0.9), (0.5, 0.5), (0.9, 0.1)]

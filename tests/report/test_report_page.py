@@ -225,8 +225,8 @@ def test_what_a_sweep_drew_is_on_the_page_and_beside_it(inputs: ReportInputs, tm
 
 
 def test_the_front_is_what_no_trial_beats():
-    points = [(0.9, 0.3), (0.8, 0.4), (0.8, 0.3), (0.9, 0.3), (0.1, 0.2)]
-    assert sorted(pareto_front(points)) == [(0.8, 0.4), (0.9, 0.3)]
+    points = [(0.1, 0.9), (0.5, 0.5), (0.9, 0.1), (0.4, 0.4), (0.5, 0.4), (0.1, 0.9)]
+    assert sorted(pareto_front(points)) == [(0.1, 0.9), (0.5, 0.5), (0.9, 0.1)]
 
 
 def test_ticks_have_the_decimals_that_they_need() -> None:

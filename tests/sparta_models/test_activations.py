@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparta_models import ACTIVATIONS, build_activation
-from sparta_models.activations.sparta import VARIANTS
+from sparta_models.activations.gates import GATES
 
-CASES = [(name, {}) for name in ACTIVATIONS if name != "sparta"] + [("sparta", {"variant": v}) for v in VARIANTS]
+CASES = [(name, {}) for name in ACTIVATIONS if name != "sparta"] + [("sparta", {"variant": v}) for v in GATES]
 IDS = [options.get("variant", name) for name, options in CASES]
 over_registry = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 
@@ -240,7 +240,7 @@ PER_ELEMENT = {
 
 @pytest.mark.parametrize("name", PER_ELEMENT)
 def test_flops_are_those_by_hand(name):
-    options = {"name": "sparta", "variant": name} if name in VARIANTS else {"name": name}
+    options = {"name": "sparta", "variant": name} if name in GATES else {"name": name}
     assert build_activation(num_channels=8, **options).flops(5, 4) == PER_ELEMENT[name] * 8 * 5 * 4
 
 
@@ -274,7 +274,7 @@ def test_flops_are_those_of_the_convolutions_as_torch_counts_them_and_the_rest(c
 
 
 def test_the_flops_of_every_activation_are_held_to_a_count():
-    counted = {*PER_ELEMENT, *(case.split()[0] for case in CONVOLVED), *VARIANTS}
+    counted = {*PER_ELEMENT, *(case.split()[0] for case in CONVOLVED), *GATES}
     assert counted >= set(ACTIVATIONS) - {"sparta"}
 
 

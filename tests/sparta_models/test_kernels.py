@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparta_models import Sparta, kernel_status
-from sparta_models.activations.functional import depthwise_gate, reference, smooth_max
+from sparta_models.activations.gate import depthwise_gate, reference, smooth_max
 from sparta_models.kernels import _state, kernel
 
 compiled = pytest.mark.skipif(kernel() is None, reason=f"no compiled kernel: {kernel_status()}")

@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from sparta_models import ACTIVATIONS, MODELS, Sparta, build_activation, build_model
-from sparta_models.activations.sparta import VARIANTS
+from sparta_models.activations.gates import GATES
 
 SPECS = {name: {"name": name} for name in ACTIVATIONS} | {
-    f"sparta-{v}": {"name": "sparta", "variant": v} for v in VARIANTS if v != "smoothmax"
+    f"sparta-{v}": {"name": "sparta", "variant": v} for v in GATES if v != "smoothmax"
 }
 SMALL = {
     "mobilenet_v2": {"width_mult": 0.1},

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from sparta_models import Sparta
-from sparta_models.activations.sparta import VARIANTS
+from sparta_models.activations.gates import GATES
 
-over_variants = pytest.mark.parametrize("variant", VARIANTS)
+over_variants = pytest.mark.parametrize("variant", GATES)
 
 
 def images(*shape, seed=1):
@@ -47,7 +47,7 @@ def test_init_relu_is_ten_times_as_sharp(variant):
     torch.testing.assert_close(near_relu(x), x * torch.sigmoid(10 * x))
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "smoothmax"])
+@pytest.mark.parametrize("variant", [v for v in GATES if v != "smoothmax"])
 def test_a_constant_gate_is_linear(variant):
     sparta = Sparta(4, variant=variant, bias=True).double()
     with torch.no_grad():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparta_models import Sparta
-from sparta_models.activations.functional import depthwise_gate, reference, smooth_max
 from sparta_models.activations.fused import kernel_for
+from sparta_models.activations.gate import depthwise_gate, reference, smooth_max
 from sparta_models.kernels import triton_kernel
 
 pytestmark = pytest.mark.skipif(triton_kernel() is None, reason="Triton isn't installed, or SPARTA_KERNEL=off")

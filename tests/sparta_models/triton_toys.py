@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from sparta_models.activations.functional import reference
+from sparta_models.activations.gate import reference
 from sparta_models.kernels import gate_triton
 
 # One block of channels and several, whole and with a rest; more positions than one chunk takes at a time.

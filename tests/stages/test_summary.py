@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.load import load_config
 from pipeline.evaluation import Accuracy, Evaluation
 from pipeline.stages.node import Finished

@@ -21,8 +21,9 @@ import pytest
 from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking import Registry, bank_digest, read_history
 from pipeline.tracking.client import open_client
+from tests.helpers import free_port
 from tests.tracking.conftest import write_bank
-from tests.tracking.test_tracking_faults import free_port, healthy
+from tests.tracking.test_tracking_faults import healthy
 
 ROOT = Path(__file__).parents[2]
 BIN = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.evaluation import EvaluationConfig, ThreatModel
+from pipeline.config.base import ThreatModel
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.tracking import TrackingConfig
-from pipeline.evaluation.blocks import model_digest
+from pipeline.evaluation.judged_model import model_digest
 from pipeline.evaluation.records import AttackResult, AuditReport, Check, Evaluation
 from pipeline.evaluation.stats import Accuracy
 from pipeline.registry import main
@@ -238,7 +239,7 @@ def test_a_network_with_another_activation_is_no_evidence(
     ActivationBank.from_model(other).save(root / "other")
     assert main(["--root", str(root), "push", str(root / "other")]) == 0
     assert main(promote) == 2
-    assert "to hold the activation of sparta-activation/2, got another one" in capsys.readouterr().err
+    assert "expected a network trained with sparta-activation/2 in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

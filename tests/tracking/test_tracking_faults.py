@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from pipeline.tracking.client import open_client
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.spool import Spool
+from tests.helpers import free_port
 from tests.tracking.conftest import write_bank
 
 CHAIN = """
@@ -410,12 +410,6 @@ def test_a_server_that_is_killed_and_comes_back_has_every_point_once(root: Path,
             registry = Registry(remote, root)
             assert registry.pull("sparta-activation@candidate", root / "pulled").run_id == stage.run_id
             assert "made by pretrain" in registry.lineage("sparta-activation/1")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

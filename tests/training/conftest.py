@@ -1,5 +1,3 @@
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,23 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.data import DataConfig, SplitLimits
+from pipeline.config.base import ThreatModel
 from pipeline.config.model import ActivationConfig, ModelConfig
-from pipeline.config.training import (
-    AttackConfig,
-    OptimizerConfig,
-    PGDATConfig,
-    SelectionConfig,
-    ThreatConfig,
-    TrainingConfig,
-)
-from pipeline.data import FfcvMissingWarning, PreparedData, prepare
+from pipeline.config.training import AttackConfig, OptimizerConfig, PGDATConfig, SelectionConfig, TrainingConfig
+from pipeline.data import PreparedData
 from pipeline.training import TrainJob
+from tests.helpers import few_digits
 
 FAST = {
     "epochs": 2,
     "batch_size": 32,
-    "threat": ThreatConfig(eps=0.1),
+    "threat": ThreatModel(eps=0.1),
     "method": PGDATConfig(attack=AttackConfig(steps=2)),
     "optimizer": OptimizerConfig(lr=0.05),
     "selection": SelectionConfig(attack=AttackConfig(steps=2)),
@@ -38,12 +30,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    """90 training images (batches of 32, 32, 26), 30 to validate on. As .npz, which opens faster than FFCV's file."""
-    config = DataConfig(dataset="digits", limit=SplitLimits(train=90, val=30, test=20), loader="memory")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FfcvMissingWarning)
-        patch.setitem(sys.modules, "ffcv", None)
-        return prepare(config, tmp_path_factory.mktemp("digits"), seed=0)
+    """90 training images: batches of 32, 32, 26."""
+    return few_digits(tmp_path_factory.mktemp("digits"), train=90)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.training import (
     AttackConfig,
     AWPConfig,
@@ -17,7 +18,6 @@ from pipeline.config.training import (
     OptimizerConfig,
     PGDATConfig,
     StandardConfig,
-    ThreatConfig,
     TRADESConfig,
     TrainingConfig,
 )
@@ -42,7 +42,7 @@ STEPS["trades-awp"] = {"method": METHODS["trades"], "awp": AWPConfig(gamma=0.05)
 
 
 def config_of(name, **others):
-    return TrainingConfig(threat=ThreatConfig(eps=EPS), method=METHODS[name], **others)
+    return TrainingConfig(threat=ThreatModel(eps=EPS), method=METHODS[name], **others)
 
 
 def probability(z, k):
@@ -160,7 +160,7 @@ def test_adversarial_weights_cost_the_training_passes_again_once_they_set_in(nam
 def test_the_one_step_may_be_longer_than_one(norm, eps, setting):
     """1.25 eps, cut back to the ball."""
     net, x, _, y = setting
-    method = build_method(TrainingConfig(threat=ThreatConfig(norm=norm, eps=eps), method=FGSMRSConfig()))
+    method = build_method(TrainingConfig(threat=ThreatModel(norm=norm, eps=eps), method=FGSMRSConfig()))
     x_adv = method.perturb(net, x, y, 1.0, torch.Generator().manual_seed(0))
     assert not torch.equal(x_adv, x)
     assert torch.linalg.vector_norm((x_adv - x).flatten(1), torch.inf if norm == "linf" else 2, 1).max() <= eps + 1e-6
@@ -224,7 +224,7 @@ def test_five_training_steps_follow_the_record(name, make_job, digits):
     job = make_job(
         epochs=1,
         batch_size=18,
-        threat=ThreatConfig(norm="l2", eps=1.0),
+        threat=ThreatModel(norm="l2", eps=1.0),
         eps_warmup_epochs=0 if name == "standard" else 0.5,
         optimizer=OptimizerConfig(lr=0.1, clip_norm=1.0),
         schedule=OneCycleConfig(),

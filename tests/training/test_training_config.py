@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.training import FGSMRSConfig, MixConfig, PGDATConfig, ThreatConfig, TrainingConfig
+from pipeline.config.base import ThreatModel
+from pipeline.config.training import FGSMRSConfig, MixConfig, PGDATConfig, TrainingConfig
 
 
 def test_fractions_and_kinds_are_read():
@@ -77,7 +78,7 @@ def test_an_l2_radius_and_its_steps_may_exceed_one():
             "selection": {"attack": attack},
         }
     )
-    assert config.threat == ThreatConfig(norm="l2", eps=2.0)
+    assert config.threat == ThreatModel(norm="l2", eps=2.0)
     assert config.method.attack.step_size == 1.5
 
 

@@ -5,7 +5,8 @@ import io
 import pytest
 import torch
 
-from pipeline.config.training import AttackConfig, SelectionConfig, ThreatConfig
+from pipeline.config.base import ThreatModel
+from pipeline.config.training import AttackConfig, SelectionConfig
 from pipeline.data import open_split
 from pipeline.training import Context
 from pipeline.training.network import shadow
@@ -35,7 +36,7 @@ def judged(digits):
 def run(model, digits, *, batch_size=30, eps=0.1, **selection):
     config = SelectionConfig(**{"attack": EXACT, "batch_size": batch_size, **selection})
     with open_split(digits, "val", batch_size=config.batch_size) as loader:
-        return validate(model, loader, ThreatConfig(eps=eps), config, seed=0, context=Context())
+        return validate(model, loader, ThreatModel(eps=eps), config, seed=0, context=Context())
 
 
 def test_accuracies_are_counted_over_all_images(judged, digits):

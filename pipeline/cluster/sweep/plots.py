@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.artifacts import whole
 from pipeline.cluster.sweep.trials import Trial
 
 Names = Mapping[str, str]
@@ -54,9 +55,8 @@ def _save(path: Path, paint: Callable[[Any], None], *, wide: bool) -> None:
     figure = Figure(figsize=(11 if wide else 7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     paint(figure.subplots())
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _coordinates(axes: Any, trials: Sequence[Trial], names: Names) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, overlay
-from pipeline.config.training import ThreatConfig
 from tune_spaces import Space, Value, When, active
 
 _SEARCHABLE = ("model", "augment", "training")
@@ -32,7 +31,7 @@ def overrides(base: ChainConfig, values: Mapping[str, Value]) -> dict[str, Any]:
 
 def judged(base: ChainConfig, values: Mapping[str, Value]) -> dict[str, Any]:
     """The overrides of `values`, and the fixed threat that the epochs of every trial are validated against."""
-    threat = base.search.threat or ThreatConfig.model_validate(base.evaluation.threat.model_dump())
+    threat = base.search.threat or base.evaluation.threat
     return {**overrides(base, values), "training.selection.threat": threat.model_dump(mode="json")}
 
 

@@ -1,4 +1,4 @@
-"""The record of a trial: one JSON file in its own directory, from which an interrupted sweep goes on."""
+"""A trial, its objective (`Trial.best`, `Trial.score`), and its record, from which an interrupted sweep goes on."""
 
 import logging
 from collections.abc import Iterable, Sequence

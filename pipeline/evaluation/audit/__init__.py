@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation.audit import (
     black_box,
     bpda,
@@ -33,7 +33,7 @@ from pipeline.evaluation.audit import (
 )
 from pipeline.evaluation.audit.kept import Kept
 from pipeline.evaluation.audit.subject import Subject
-from pipeline.evaluation.blocks import attackable, evaluating, model_digest, own_random_state, short_seed
+from pipeline.evaluation.judged_model import attackable, evaluating, model_digest, own_random_state, short_seed
 from pipeline.evaluation.records import AuditReport, Check
 
 CHECKS: tuple[Callable[[Subject], Check], ...] = (

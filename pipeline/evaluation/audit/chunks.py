@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluation.attacks import Problem, worst_of
-from pipeline.evaluation.blocks import predict, short_seed
+from pipeline.evaluation.judged_model import predict, short_seed
 
 CHUNK = 128
 """The images of a quick audit; PGD through a ResNet-50 at 224 x 224 holds some ten GB for so many."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation.audit import audit
 from pipeline.evaluation.audit.planted import HONEST, PLANTED, Case, Digits
 from pipeline.evaluation.records import AuditReport

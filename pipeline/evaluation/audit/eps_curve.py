@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation.attacks import pgd_on
 from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.audit.verdict import judged

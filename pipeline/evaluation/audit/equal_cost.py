@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import nn
 
 from pipeline.evaluation.audit.subject import FLOAT32_ONLY, Subject
-from pipeline.evaluation.blocks import attackable, evaluating
+from pipeline.evaluation.judged_model import attackable, evaluating
 from pipeline.evaluation.records import Check
 from pipeline.evaluation.stats import mcnemar
 from pipeline.training.network import forward_flops

@@ -5,16 +5,18 @@ impersonate:  margin - w mean |phi(x_adv) - phi(x')|^2, towards the gates of an 
 Both are ascended by PGD as the margin of two logits, (0, objective).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation.attacks import STEP_RULE, Problem
+from pipeline.evaluation.attacks import Problem, pgd_on
 from pipeline.evaluation.audit.chunks import Attack
 from pipeline.evaluation.audit.gates import gate_maps, gated_sites
-from pipeline.evaluation.audit.subject import Subject, margin
+from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.audit.verdict import beats, skipped
 from pipeline.evaluation.records import Check
-from pipeline.training.attacks import pgd
+from pipeline.training.attacks import LOSSES
 
 WEIGHT = 10.0
 """Weight of the gates' mean square, which is at most 1 and mostly far below, beside a margin of a few units."""
@@ -30,7 +32,7 @@ class _Aimed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits, maps = gate_maps(self.model, x)
         squares = [(phi - target).square().flatten(1).mean(1) for phi, target in zip(maps, self.targets, strict=True)]
-        goal = margin(logits, self.y) + self.weight * torch.stack(squares).mean(0)
+        goal = LOSSES["margin"](logits, self.y) + self.weight * torch.stack(squares).mean(0)
         return torch.stack([torch.zeros_like(goal), goal], dim=1)
 
 
@@ -48,11 +50,8 @@ def check(subject: Subject) -> Check:
 def _aim(problem: Problem, at: Tensor, weight: float, steps: int) -> Tensor:
     with torch.no_grad():
         targets = gate_maps(problem.model, at)[1]
-    aimed, threat = _Aimed(problem.model, problem.y, targets, weight).eval(), problem.threat
-    return pgd(
-        aimed, problem.x, torch.zeros_like(problem.y), eps=threat.eps, step_size=STEP_RULE * threat.eps / steps,
-        steps=steps, norm=threat.norm, loss="margin", generator=problem.generator(),
-    )  # fmt: skip
+    aimed = _Aimed(problem.model, problem.y, targets, weight).eval()
+    return pgd_on(replace(problem, model=aimed, y=torch.zeros_like(problem.y)), steps=steps, loss="margin")
 
 
 def _of_another_class(subject: Subject, problem: Problem) -> Tensor:

@@ -33,11 +33,11 @@ def gated_sites(model: nn.Module) -> dict[str, Sparta]:
 
 def parts(site: Sparta, x: Tensor) -> Parts:
     """The parts of one site's output for its input x (B, C, H, W)."""
-    g = site.gate(x)
     if site.variant == "smoothmax":
-        value = x - g
-        return Parts(g, value, site.gate.sharpness.to(value.dtype) * value)
-    return Parts(torch.zeros_like(x), x, g)
+        T = site.gate(x)
+        value = x - T
+        return Parts(T, value, site.gate.sharpness.to(value.dtype) * value)
+    return Parts(torch.zeros_like(x), x, site.gate(x))
 
 
 @contextmanager

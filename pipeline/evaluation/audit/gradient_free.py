@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.attacks import STEP_RULE, Problem, uniform_noise
-from pipeline.evaluation.audit.subject import margin
-from pipeline.evaluation.blocks import predict
+from pipeline.evaluation.attacks import Problem, uniform_noise
+from pipeline.evaluation.judged_model import predict
+from pipeline.training.attacks import LOSSES, NORMS, default_step_size
 
 _DELTA = 0.01  # distance of SPSA's two evaluations, in pixel units, as Uesato et al. have it
 
@@ -18,8 +18,9 @@ def spsa(problem: Problem, *, steps: int, num_samples: int) -> Tensor:
     Returns:
         x_adv (B, C, H, W) in the ball and in [0, 1].
     """
-    generator, threat = problem.generator(), problem.threat
-    step_size = STEP_RULE * threat.eps / steps
+    generator, threat, margin = problem.generator(), problem.threat, LOSSES["margin"]
+    step_size, norm = default_step_size(threat.eps, steps), NORMS[threat.norm]
+    project = norm.projection(problem.x, threat.eps)
     x_adv = uniform_noise(problem.x, threat, generator)
     for _ in range(steps):
         g = torch.zeros_like(x_adv)
@@ -28,8 +29,7 @@ def spsa(problem: Problem, *, steps: int, num_samples: int) -> Tensor:
             with torch.no_grad():
                 high, low = (margin(problem.model(x_adv + sign * _DELTA * v), problem.y) for sign in (1, -1))
             g += (high - low).view(-1, 1, 1, 1) * v
-        direction = g.sign() if threat.norm == "linf" else g / _length(g)
-        x_adv = _project(x_adv + step_size * direction, problem)
+        x_adv = project(x_adv + step_size * norm.ascent(g))
     return x_adv
 
 
@@ -81,18 +81,5 @@ def _boundary(problem: Problem, signs: Tensor, best: Tensor) -> Tensor:
 
 
 def _along(problem: Problem, signs: Tensor, multiple: Tensor) -> Tensor:
-    direction = signs.view_as(problem.x)
-    if problem.threat.norm == "l2":
-        direction = direction / _length(direction)
+    direction = NORMS[problem.threat.norm].ascent(signs.view_as(problem.x))
     return (problem.x + problem.threat.eps * multiple.view(-1, 1, 1, 1) * direction).clamp(0, 1)
-
-
-def _project(x_adv: Tensor, problem: Problem) -> Tensor:
-    delta, eps = x_adv - problem.x, problem.threat.eps
-    delta = delta.clamp(-eps, eps) if problem.threat.norm == "linf" else delta * (eps / _length(delta)).clamp(max=1)
-    return (problem.x + delta).clamp(0, 1)
-
-
-def _length(delta: Tensor) -> Tensor:
-    length: Tensor = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-    return length

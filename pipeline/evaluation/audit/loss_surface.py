@@ -8,9 +8,10 @@ about 2 / points for a smooth curve, about 2 for steps and noise.
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.audit.subject import Subject, margin
+from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.audit.verdict import judged, largest, skipped
 from pipeline.evaluation.records import Check
+from pipeline.training.attacks import LOSSES, NORMS
 
 WARN, FAIL = 0.4, 0.8
 _FLAT = 1e-5
@@ -35,8 +36,7 @@ def check(subject: Subject) -> Check:
 def random_end(subject: Subject, x: Tensor) -> Tensor:
     """For each image x (B, C, H, W) a point at distance eps in a random direction, clipped to [0, 1]."""
     v = torch.randn(x.shape, generator=subject.problem("surface").generator()).to(x)
-    v = v.sign() if subject.threat.norm == "linf" else v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return (x + subject.threat.eps * v).clamp(0, 1)
+    return (x + subject.threat.eps * NORMS[subject.threat.norm].ascent(v)).clamp(0, 1)
 
 
 def _roughness(subject: Subject, x: Tensor, y: Tensor, end: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def _roughness(subject: Subject, x: Tensor, y: Tensor, end: Tensor) -> Tensor:
     with torch.no_grad():
         line = torch.linspace(0, 1, subject.effort.line_points).tolist()
         logits = [subject.model(torch.lerp(x, end, t)) for t in line]
-    f = torch.stack([margin(z, y) for z in logits]).double()  # (points, B)
+    f = torch.stack([LOSSES["margin"](z, y) for z in logits]).double()  # (points, B)
     first, second = f.diff(dim=0).abs().sum(0), f.diff(n=2, dim=0).abs().sum(0)
     flat = first < _FLAT * torch.stack(logits).std() * len(line)
     return torch.where(flat, 0.0, second / first.clamp_min(1e-30))

@@ -6,7 +6,7 @@ from torch import Tensor
 from pipeline.evaluation.attacks import Problem, uniform_noise
 from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.audit.verdict import beats
-from pipeline.evaluation.blocks import predict
+from pipeline.evaluation.judged_model import predict
 from pipeline.evaluation.records import Check
 
 

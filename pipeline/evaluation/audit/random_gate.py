@@ -16,7 +16,7 @@ from pipeline.evaluation.audit.equal_cost import beside_equal_cost
 from pipeline.evaluation.audit.gates import Parts, Rule, gate_maps, gated_sites, gates_replaced
 from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.audit.verdict import beats, skipped
-from pipeline.evaluation.blocks import predict
+from pipeline.evaluation.judged_model import predict
 from pipeline.evaluation.records import Check
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from pipeline.config.evaluation import ThreatModel
+from pipeline.config.base import ThreatModel
 from pipeline.evaluation.attacks import Problem, pgd_on
 from pipeline.evaluation.audit.chunks import Attack, attacked, fooled, predicted, worst
-from pipeline.evaluation.blocks import own_random_state, short_seed
+from pipeline.evaluation.judged_model import own_random_state, short_seed
 from pipeline.evaluation.records import Check
 
 FLOAT32_ONLY = (RuntimeError, TypeError, NotImplementedError)
@@ -144,8 +143,3 @@ class Subject:
     def fooled(self, attack: Attack, problem: Problem | None = None) -> Tensor:
         """Bool over the survivors (or the problem's examples): whom the attack fools."""
         return fooled(attack, problem or self.survivors)
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{i != y} z_i - z_y, (B,): positive where misclassified."""
-    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None]).squeeze(1)

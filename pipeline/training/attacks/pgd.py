@@ -29,6 +29,11 @@ STEP_RULES: dict[str, Callable[[float], float]] = {
 """Factor of the step length, given the share k / K of the steps already done."""
 
 
+def default_step_size(eps: float, steps: int) -> float:
+    """2.5 eps / steps, so that the far side of the ball is in reach (Madry et al., 2018)."""
+    return 2.5 * eps / steps
+
+
 @contextmanager
 def attack_mode(model: Model, bn: str = "eval") -> Iterator[None]:
     """All modules in eval mode; bn="train" leaves batch norms in the caller's mode, but without moving statistics."""

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.training import AttackConfig, ThreatConfig
-from pipeline.training.attacks import pgd
+from pipeline.config.base import ThreatModel
+from pipeline.config.training import AttackConfig
+from pipeline.training.attacks import default_step_size, pgd
 from pipeline.training.attacks.pgd import Model, Start
 
 
@@ -56,7 +57,7 @@ class Method(Protocol):
 class Attack:
     """A configured PGD within a threat."""
 
-    threat: ThreatConfig
+    threat: ThreatModel
     config: AttackConfig
 
     def cost(self, batches: int) -> Cost:
@@ -68,7 +69,7 @@ class Attack:
     def __call__(self, model: Model, x: Tensor, y: Tensor, strength: float, generator: torch.Generator) -> Tensor:
         """Adversarial images, with eps and step scaled by `strength`."""
         config, eps = self.config, self.threat.eps * strength
-        step = 2.5 * eps / config.steps if config.step_size is None else config.step_size * strength
+        step = default_step_size(eps, config.steps) if config.step_size is None else config.step_size * strength
         start: Start = False if config.start == "none" else config.start
         return pgd(
             model,

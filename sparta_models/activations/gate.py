@@ -1,13 +1,15 @@
-"""x sigmoid(g), or the smooth maximum of x and g; g a depthwise correlation: an autograd function that keeps x alone.
+"""x sigmoid(g), or the smooth maximum of x and T; g, T depthwise correlations: an autograd function that keeps x alone.
 
 A PGD step pays the gate forward and backward, so both are one pass where the compiled kernel fits, and the backward
 computes the gate again instead of storing it: memory is that of SiLU. The gradients of weights are computed only where
 they are asked for, which in an attack they need not be, and with a frozen bank never are.
 
-    y  = x s, s = sigmoid(g)                            or the smooth maximum   y = g + d s, s = sigmoid(b d), d = x - g
+    y  = x s, s = sigmoid(g)                            or the smooth maximum   y = T + d s, s = sigmoid(b d), d = x - T
     h  = dy x s (1 - s)                                                         h = dy (1 - s - b d s (1 - s))
     dx = dy s + w^T * h                                                         dx = dy - h + w^T * h
     dw = correlation of h with x, the bias's gradient the sum of h              db = sum of dy d^2 s (1 - s)
+
+The kernels call the correlation g in both.
 """
 
 from collections.abc import Sequence
@@ -37,7 +39,7 @@ def depthwise_gate(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
 
 
 def smooth_max(x: Tensor, weight: Tensor, sharpness: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
-    """Return the smooth maximum g + (x - g) sigmoid(sharpness (x - g)) of x and g = w * x + b.
+    """Return the smooth maximum T + (x - T) sigmoid(sharpness (x - T)) of x and T = w * x + b.
 
     Args:
         x: (B, C, H, W), any layout; channels_last is the fast one.
@@ -53,11 +55,11 @@ def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1, sharpness: Tensor | None = None
 ) -> Tensor:
     """The same by torch's differentiable operators: the gate, or with a sharpness the smooth maximum."""
-    g = correlate(x, weight, bias, dilation)
     if sharpness is None:
-        return x * torch.sigmoid(g)
-    d = x - g
-    return g + d * torch.sigmoid(sharpness.to(x.dtype)[:, None, None] * d)
+        return x * torch.sigmoid(correlate(x, weight, bias, dilation))
+    T = correlate(x, weight, bias, dilation)
+    d = x - T
+    return T + d * torch.sigmoid(sharpness.to(x.dtype)[:, None, None] * d)
 
 
 def _apply(x: Tensor, weight: Tensor, sharpness: Tensor | None, bias: Tensor | None, dilation: int) -> Tensor:
@@ -109,8 +111,8 @@ def _by_kernel(operators: Any, dy: Tensor, inputs: _Inputs, needs: Sequence[bool
 
 def _by_operators(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: int) -> list[Tensor | None]:
     x, weight, sharpness, bias = inputs
-    g = correlate(x, weight, bias, dilation)
-    direct, h, of_sharpness = _terms(dy, x, g, sharpness, needs[2])
+    correlation = correlate(x, weight, bias, dilation)
+    direct, h, of_sharpness = _terms(dy, x, correlation, sharpness, needs[2])
     padding, channels = dilation * (weight.shape[-1] // 2), x.shape[1]
     # Arguments: bias sizes, stride, padding, dilation, transposed, output padding, groups, what is asked for.
     place = ([channels], [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], channels, [*needs[:2], needs[3]])
@@ -124,18 +126,18 @@ def _by_operators(dy: Tensor, inputs: _Inputs, needs: Sequence[bool], dilation: 
 
 
 def _terms(
-    dy: Tensor, x: Tensor, g: Tensor, sharpness: Tensor | None, learns: bool
+    dy: Tensor, x: Tensor, correlation: Tensor, sharpness: Tensor | None, asked: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dy times the derivatives of y by x alone and by g (B, C, H, W); the sharpness's gradient (C,) if it `learns`."""
+    """dy times the derivatives of y by x alone and by g, or T (B, C, H, W); the sharpness's gradient (C,) if asked."""
     if sharpness is None:
-        s = torch.sigmoid(g)
+        s = torch.sigmoid(correlation)
         through = dy * s
         return through, through * x * (1 - s), None
-    d, b = x - g, sharpness.to(x.dtype)[:, None, None]
+    d, b = x - correlation, sharpness.to(x.dtype)[:, None, None]
     s = torch.sigmoid(b * d)
     slope = d * s * (1 - s)
     direct = dy * (s + b * slope)
-    return direct, dy - direct, (dy * d * slope).sum((0, 2, 3)).to(sharpness.dtype) if learns else None
+    return direct, dy - direct, (dy * d * slope).sum((0, 2, 3)).to(sharpness.dtype) if asked else None
 
 
 def own_precision(x: Tensor) -> AbstractContextManager[object]:

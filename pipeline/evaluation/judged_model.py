@@ -1,0 +1,84 @@
+"""A model under judgement: in eval mode, its random numbers seeded, known by its digest, within reach of a gradient."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.artifacts import canonical
+from pipeline.training.seeds import derive_seed
+
+CODE = "code_sha256"
+"""Attribute of a model that is a user's own: the digest of its code, which its tensors do not show."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode and convolutions into full float32, then every submodule back into its own mode.
+
+    TF32, the default of CUDA convolutions, makes an image's logits depend on its batch in the third digit.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    cudnn = torch.backends.cudnn
+    try:
+        with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Global random numbers that a model may draw come from `seed`; the caller's state is left alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def model_digest(model: nn.Module) -> str:
+    """sha256 over the class names, CODE where it is set, and the state_dict's tensors: name, dtype, shape and bytes."""
+    state = hashlib.sha256("/".join(type(module).__qualname__ for module in model.modules()).encode())
+    state.update(str(getattr(model, CODE, "")).encode())
+    for name, tensor in model.state_dict().items():
+        state.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def short_seed(seed: int, *labels: object) -> int:
+    """A 31-bit seed for one purpose, independent of all others: some attacks' libraries take no longer one."""
+    return derive_seed(seed, *map(str, labels)) >> 32
+
+
+class _Connected(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return logits + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def attackable(model: nn.Module, x: Tensor) -> nn.Module:
+    """`model` itself; or where no gradient reaches its input (a detach inside), the same function with a zero gradient.
+
+    So gradient attacks come back empty-handed instead of raising, and black-box attacks and the audit can tell.
+    """
+    inner = x[:1].detach().requires_grad_()
+    with torch.enable_grad():
+        total = model(inner).sum()
+    if total.requires_grad and torch.autograd.grad(total, inner, allow_unused=True)[0] is not None:
+        return model
+    return _Connected(model)
+
+
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Predicted class (B,) of x (B, C, H, W)."""
+    with torch.no_grad():
+        predicted: Tensor = model(x).argmax(1)
+    return predicted
