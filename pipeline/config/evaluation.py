@@ -152,6 +152,13 @@ def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def _distinct_threats(threats: tuple[ThreatModel, ...]) -> tuple[ThreatModel, ...]:
+    labels = [threat.label for threat in threats]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"expected adversaries that differ in four digits, got {', '.join(labels)}")
+    return threats
+
+
 def _distinct(attacks: tuple[AnyAttack, ...]) -> tuple[AnyAttack, ...]:
     names = [attack.name for attack in attacks]
     if len(set(names)) < len(names):
@@ -203,7 +210,7 @@ class EvaluationConfig(Section):
     ] = _QUICK
     """Attacks in their order, as a list or as the name of a suite: quick, standard or full. Only images that are still
     classified correctly go on to the next attack."""
-    other_threats: tuple[ThreatModel, ...] = ()
+    other_threats: Annotated[tuple[ThreatModel, ...], AfterValidator(_distinct_threats)] = ()
     """More adversaries (say, l2 beside linf), each judged by PGD on cross-entropy and on the margin."""
     curve: CurveConfig = CurveConfig()
     """Robust accuracy against eps."""

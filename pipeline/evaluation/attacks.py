@@ -19,6 +19,7 @@ from pipeline.config.evaluation import (
     TransferAttack,
 )
 from pipeline.evaluation.ensemble import autoattack, square
+from pipeline.evaluation.judged_model import attackable
 from pipeline.training.attacks import default_step_size, fgsm, pgd
 
 
@@ -130,7 +131,8 @@ def _transfer(attack: TransferAttack, problem: Problem) -> tuple[Tensor, list[st
         raise ValueError(
             "expected a reference model for the transfer attack, got none: give one, or leave the attack out"
         )
-    return pgd_on(problem, steps=attack.steps, loss=attack.loss, model=problem.reference), []
+    reference = attackable(problem.reference, problem.x)
+    return pgd_on(problem, steps=attack.steps, loss=attack.loss, model=reference), []
 
 
 _RUNNERS: dict[type[Any], Callable[[Any, Problem], tuple[Tensor, list[str]]]] = {

@@ -1,6 +1,7 @@
 """A model under judgement: in eval mode, its random numbers seeded, known by its digest, within reach of a gradient."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,15 +14,19 @@ from pipeline.training.seeds import derive_seed
 CODE = "code_sha256"
 """Attribute of a model that is a user's own: the digest of its code, which its tensors do not show."""
 
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode and convolutions into full float32, then every submodule back into its own mode.
+    """Put `model` into eval mode, its parameters out of every gradient and convolutions into full float32; then every
+    submodule and parameter back to where it was.
 
     TF32, the default of CUDA convolutions, makes an image's logits depend on its batch in the third digit.
     """
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    learning = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
     cudnn = torch.backends.cudnn
     try:
         with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
@@ -29,6 +34,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        for parameter, (asks, grad) in learning.items():
+            parameter.requires_grad_(asks)
+            parameter.grad = grad
 
 
 @contextmanager
@@ -40,8 +48,10 @@ def own_random_state(seed: int) -> Iterator[None]:
 
 
 def model_digest(model: nn.Module) -> str:
-    """sha256 over the class names, CODE where it is set, and the state_dict's tensors: name, dtype, shape and bytes."""
+    """sha256 over the class names, what the modules print of their settings (strides, dilations, slopes), CODE where it
+    is set, and the state_dict's tensors: name, dtype, shape and bytes."""
     state = hashlib.sha256("/".join(type(module).__qualname__ for module in model.modules()).encode())
+    state.update(_ADDRESS.sub("", repr(model)).encode())
     state.update(str(getattr(model, CODE, "")).encode())
     for name, tensor in model.state_dict().items():
         state.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())

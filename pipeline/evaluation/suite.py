@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import digest_file, fingerprint
 from pipeline.config.base import ThreatModel
-from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.evaluation import EvaluationConfig, TransferAttack
 from pipeline.data import PreparedData, open_split
 from pipeline.evaluation.audit import audit
 from pipeline.evaluation.blocks import OTHER_ATTACKS, Arrays, Block, judge_block, load_arrays, pictured, save_arrays
@@ -22,7 +22,7 @@ from pipeline.evaluation.stats import Accuracy
 
 _LOG = logging.getLogger(__name__)
 _BLOCKS = "blocks"
-_VERSION = 2
+_VERSION = 3
 
 
 def evaluate(
@@ -52,34 +52,21 @@ def evaluate(
         The record, also written to `output`.
 
     Raises:
-        ValueError: a missing package; more than the test split asked for; a gradient that is not a number.
+        ValueError: a missing package; no attack that can be run; more than the test split asked for; a gradient that
+            is not a number.
     """
-    previous = _previous(output)
     evaluate_shard(model, prepared, config, output, seed=seed, reference=reference)
     result = merge(model, prepared, config, output, seed=seed, reference=reference)
     if config.audit.budget == "off":
         return result
-    digests = {name: model_digest(other) for name, other in (matched or {}).items()}
-    same = previous is not None and previous.model_copy(update={"audit": None}) == result
-    if previous is not None and same and previous.audit is not None and previous.audit.matched == digests:
-        report = previous.audit
-    else:
-        count = min(config.audit.resolved_num_examples, result.n)
-        x, y = _audited(prepared, count, _device(model))
-        report = audit(
-            model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference, matched=matched,
-            directory=output,
-        )  # fmt: skip
+    x, y = _audited(prepared, min(config.audit.resolved_num_examples, result.n), _device(model))
+    report = audit(
+        model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference, matched=matched,
+        directory=output,
+    )  # fmt: skip
     result = result.model_copy(update={"audit": report})
     result.save(output)
     return result
-
-
-def _previous(output: Path) -> Evaluation | None:
-    try:
-        return Evaluation.load(output)
-    except ValueError:
-        return None
 
 
 def evaluate_shard(
@@ -100,6 +87,10 @@ def evaluate_shard(
     Returns:
         The blocks that this call judged.
     """
+    if reference is None and all(isinstance(attack, TransferAttack) for attack in config.attacks):
+        raise ValueError(
+            "expected a reference model for the transfer attack, got none: give one, or add another attack"
+        )
     if not 0 <= shard < num_shards:
         raise ValueError(f"expected 0 <= shard < num_shards, got shard {shard} of {num_shards}")
     directory = _block_directory(model, prepared, config, output, seed=seed, reference=reference)

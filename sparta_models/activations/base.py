@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_STATES = ("training", "frozen")
+"""What `repr` leaves out: not what an activation computes, but what is done with it."""
+
 
 class Cell(NamedTuple):
     """A cell of the 2 x 2 that sorts activations by what their rule depends on."""
@@ -43,6 +46,11 @@ class Activation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the activation to x (B, C, H, W)."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Its settings, for `print(model)`, and for whoever compares functions by more than their tensors."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
+        return ", ".join(f"{name}={value}" for name, value in plain.items() if name not in _STATES and name[0] != "_")
 
     def flops(self, height: int, width: int) -> int:
         """Forward FLOPs for one image: a multiply and an add count one each, and so does a transcendental."""

@@ -24,6 +24,10 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(dirac(num_channels, kernel_size, beta))  # (C, 1, k, k)
         self.bias = nn.Parameter(torch.zeros(num_channels)) if bias else None
 
+    def extra_repr(self) -> str:
+        """Its settings."""
+        return f"kernel_size={self.weight.shape[-1]}, dilation={self.dilation}, bias={self.bias is not None}"
+
     def forward(self, x: Tensor) -> Tensor:
         """Return g(x), (B, C, H, W)."""
         return correlate(x, self.weight, self.bias, self.dilation)

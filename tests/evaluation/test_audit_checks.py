@@ -83,9 +83,20 @@ class _PinnedMode(_Unpinned):
 )
 def test_a_frozen_activation_must_keep_its_mode_and_its_statistics(kind, norm, verdict, digits):
     model = small_cnn(lambda c: kind(c, norm()).freeze() if c == 16 else nn.ReLU()).eval()
-    found = frozen.check(subject_of(model, digits.test_x[:4], digits.test_y[:4]))
-    assert found.verdict == verdict
+    subject = subject_of(model, digits.test_x[:4], digits.test_y[:4])
+    learning = frozenset(parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert frozen.check(replace(subject, learning=learning)).verdict == verdict
     assert not any(module.training for module in model.modules())
+
+
+def test_a_frozen_activation_that_was_made_to_learn_again_is_noticed_and_left_so(digits):
+    model = small_cnn(lambda c: build_activation("sparta", c).freeze()).eval()
+    for parameter in (loose := model[1]).parameters():
+        parameter.requires_grad_(True)
+    report = audit(model, digits.test_x[:4], digits.test_y[:4], THREAT, "quick", seed=0)
+    assert report.checks[-1].verdict == "fail"
+    assert "not frozen after all: 1" in report.checks[-1].summary
+    assert all(parameter.requires_grad for parameter in loose.parameters())
 
 
 def test_one_saturated_site_of_nine_is_not_lost_in_the_mean(digits):

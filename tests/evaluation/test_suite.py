@@ -1,6 +1,7 @@
 import copy
 import math
 import os
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import (
     AuditConfig,
+    AutoAttack,
     CurveConfig,
     EvaluationConfig,
     FGSMAttack,
@@ -21,8 +23,10 @@ from pipeline.config.evaluation import (
 )
 from pipeline.evaluation import AuditReport, Check, Evaluation, evaluate, evaluate_shard, merge
 from pipeline.evaluation.attacks import run_attack
+from pipeline.evaluation.audit.planted import Lambda
 from pipeline.evaluation.blocks import load_arrays, save_arrays
-from pipeline.evaluation.judged_model import evaluating
+from pipeline.evaluation.judged_model import evaluating, model_digest
+from sparta_models import build_model
 
 CONFIG = EvaluationConfig(
     threat=ThreatModel(eps=0.1),
@@ -225,24 +229,41 @@ def test_a_shard_out_of_range_is_refused(robust, prepared, tmp_path):
 
 
 def test_a_transfer_attack_without_reference_is_left_out_and_said_so(robust, gated, prepared, tmp_path):
-    config = CONFIG.model_copy(update={"num_examples": 32, "attacks": (TransferAttack(steps=5),)})
+    config = CONFIG.model_copy(update={"num_examples": 32, "attacks": (FGSMAttack(), TransferAttack(steps=5))})
     without = evaluate(robust, prepared, config, tmp_path, seed=0)
-    assert without.attacks == ()
+    assert [attack.name for attack in without.attacks] == ["fgsm"]
     assert without.warnings == ("transfer-margin-5: skipped, there is no reference model",)
     with_one = evaluate(robust, prepared, config, tmp_path, seed=0, reference=gated)
-    assert [attack.name for attack in with_one.attacks] == ["transfer-margin-5"]
+    assert [attack.name for attack in with_one.attacks] == ["fgsm", "transfer-margin-5"]
     assert with_one.reference_digest is not None
+
+
+def test_clean_accuracy_is_not_called_robust_where_no_attack_can_run(robust, prepared, tmp_path):
+    config = CONFIG.model_copy(update={"attacks": (TransferAttack(steps=5),)})
+    with pytest.raises(ValueError, match=r"expected a reference model for the transfer attack, got none: give one, or"):
+        evaluate(robust, prepared, config, tmp_path, seed=0)
+
+
+def test_a_reference_without_input_gradient_fools_nobody(robust, digits):
+    attack, x, y = TransferAttack(steps=2), digits.test_x[:8], digits.test_y[:8]
+    detached = Lambda(robust, before=lambda x: x.detach())
+    x_adv, _ = run_attack(attack, robust, x, y, ThreatModel(eps=0.1), seed=0, reference=detached)
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
 
 
 def test_evaluation_leaves_model_and_random_state_alone(robust, prepared, tmp_path):
     model = nn.Sequential(copy.deepcopy(robust), nn.Dropout(0.5)).train()
     model[0].requires_grad_(requires_grad=True)
+    first = next(model.parameters())
+    first.grad = torch.ones_like(first)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    config = CONFIG.model_copy(update={"num_examples": 32, "audit": AuditConfig(budget="quick", num_examples=16)})
-    evaluate(model, prepared, config, tmp_path, seed=0)
+    small = {"num_examples": 32, "audit": AuditConfig(budget="quick", num_examples=16)}
+    evaluate(model, prepared, CONFIG.model_copy(update={**small, "attacks": (AutoAttack(),)}), tmp_path, seed=0)
     assert all(module.training for module in model.modules())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(first.grad, torch.ones_like(first))
+    assert all(parameter.grad is None for parameter in model.parameters() if parameter is not first)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(random_state, torch.get_rng_state())
 
@@ -262,12 +283,19 @@ def test_a_second_call_does_no_work_twice(robust, prepared, tmp_path, monkeypatc
     def fail(*_, **__):
         raise AssertionError("worked again")
 
-    monkeypatch.setattr("pipeline.evaluation.suite.audit", fail)
     monkeypatch.setattr("pipeline.evaluation.suite.judge_block", fail)
+    monkeypatch.setattr(import_module("pipeline.evaluation.audit.subject"), "attacked", fail)
     assert evaluate(robust, prepared, config, tmp_path, seed=0) == first
     with pytest.raises(AssertionError, match="worked again"):  # another network beside it is another audit
         evaluate(robust, prepared, config, tmp_path, seed=0, matched={"twin": robust})
     assert load_arrays(tmp_path / "evaluation.npz") is not None
+
+
+def test_networks_that_differ_in_a_setting_alone_are_two(prepared):
+    one, two = (build_model("resnet8", activation={"name": "sparta", "dilation": d}, width=4) for d in (1, 2))
+    two.load_state_dict(one.state_dict())
+    assert model_digest(one) != model_digest(two)
+    assert model_digest(one) == model_digest(copy.deepcopy(one))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -99,8 +99,9 @@ def audit(
         matched={name: model_digest(other) for name, other in (matched or {}).items()},
     )
     digests = (report.model_digest, report.reference_digest, report.matched)
+    learning = frozenset(parameter for parameter in model.parameters() if parameter.requires_grad)
     with evaluating(model), own_random_state(seed):
-        subject = Subject(attackable(model, x), x, y, threat, budget, seed, reference, matched or {})
+        subject = Subject(attackable(model, x), x, y, threat, budget, seed, reference, matched or {}, learning)
         kept = Kept(directory, subject, digests)
         for number, check in enumerate(CHECKS, start=1):
             found = kept.load(number) or _run(number, check, subject, kept)
@@ -111,9 +112,10 @@ def audit(
 
 def _run(number: int, check: Callable[[Subject], Check], subject: Subject, kept: Kept) -> Check:
     """Each check draws its own random numbers, so that it finds the same whether or not others ran before it."""
+    if check is frozen.check:  # looks at the model and at the checks before it alone, and is never kept
+        return check(subject)
     subject.prepare()
     with own_random_state(short_seed(subject.seed, "check", number)):
         found = check(subject)
-    if check is not frozen.check:
-        kept.save(found)
+    kept.save(found)
     return found

@@ -22,7 +22,7 @@ def check(subject: Subject) -> Check:
     frozen = {name: module for name, module in modules if isinstance(module, Activation) and module.frozen}
     if not frozen:
         return skipped(16, "frozen", "the model has no frozen activation: it was not made by a transfer")
-    loose = [name for name, module in frozen.items() if _is_loose(module)]
+    loose = [name for name, module in frozen.items() if _is_loose(module, subject.learning)]
     failed = [check.name for check in subject.so_far if check.verdict == "fail"]
     return judged(
         16, "frozen", float(len(failed) + len(loose)), warn=WARN, fail=FAIL,
@@ -31,8 +31,8 @@ def check(subject: Subject) -> Check:
     )  # fmt: skip
 
 
-def _is_loose(module: nn.Module) -> bool:
-    learns = any(parameter.requires_grad for parameter in module.parameters())
+def _is_loose(module: nn.Module, learning: frozenset[nn.Parameter]) -> bool:
+    learns = any(parameter in learning for parameter in module.parameters())
     unpinned = any(isinstance(part, _BatchNorm) and part.running_mean is None for part in module.modules())
     module.train()  # in eval mode, in which the audit looks at it, everything seems pinned
     moved = any(part.training for part in module.modules())

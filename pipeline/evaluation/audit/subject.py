@@ -63,6 +63,8 @@ class Subject:
     reference: nn.Module | None
     matched: Mapping[str, nn.Module] = field(default_factory=dict)
     """Networks of equal cost with other activations, by name."""
+    learning: frozenset[nn.Parameter] = frozenset()
+    """Parameters that asked for a gradient before the audit, in which none does."""
     so_far: list[Check] = field(default_factory=list)
     """Checks that are done; the last one looks back at them."""
 

@@ -10,6 +10,7 @@ from pipeline.evaluation.audit.chunks import Attack
 from pipeline.evaluation.audit.gates import Parts, gated_sites, gates_replaced
 from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.audit.verdict import beats, skipped
+from pipeline.evaluation.judged_model import attackable
 from pipeline.evaluation.records import Check
 
 
@@ -22,7 +23,8 @@ def check(subject: Subject) -> Check:
             return pgd_on(part, steps=steps, loss="margin")
 
     if subject.reference is not None:
-        attacks["the reference"] = lambda part: pgd_on(part, steps=steps, loss="margin", model=subject.reference)
+        reference = attackable(subject.reference, subject.all_x)
+        attacks["the reference"] = lambda part: pgd_on(part, steps=steps, loss="margin", model=reference)
     if gated_sites(subject.model):
         attacks["hard gates"] = on_hard_gates
     if not attacks:
