@@ -276,6 +276,7 @@ def test_a_network_wrapped_for_data_parallelism_is_refused(wrapped, small_net, i
         ({"eps": -1.0}, "expected eps, step_size, steps >= 0"),
         ({"restarts": 0}, "restarts >= 1"),
         ({"bn": "frozen"}, 'expected bn="eval" or "train"'),
+        ({"loss": "kl", "random_start": False}, "no gradient at the image itself"),
         ({"loss": "kl", "targets": torch.zeros(6, dtype=torch.int64)}, "for a targeted attack use"),
         ({"x": torch.zeros(6, 3, 8, 8, dtype=torch.uint8)}, "divide by 255"),
         ({"y": torch.zeros(5, dtype=torch.int64)}, "got 5 labels for 6 images"),

@@ -84,6 +84,8 @@ def pgd(
     Raises ValueError for values out of range and unknown names.
     """
     _check(model, x, y, eps=eps, step_size=step_size, steps=steps, restarts=restarts, step_rule=step_rule)
+    if loss == "kl" and random_start is False:
+        raise ValueError('loss="kl" has no gradient at the image itself; use random_start="normal" or "uniform"')
     geometry, x = norm_named(norm), x.detach()
     project = geometry.projection(x, eps)
     draw = generator or _copy_of_global(x.device)
