@@ -252,8 +252,8 @@ class Study(Section):
         return sorted(names, key=lambda name: (-means[name].num, -means[name].value, name))
 
     def comparisons(self, group: str) -> list[Comparison]:
-        """The main contender against the control and against the strongest of the others, robust and clean."""
-        against = [*self.with_role(group, "control"), *self.with_role(group, "other")[:1]]
+        """The main contender against the control and against the two strongest of the others, robust and clean."""
+        against = [*self.with_role(group, "control"), *self.with_role(group, "other")[:2]]
         whats: tuple[What, ...] = ("robust", "clean")
         return [
             self.compare(group, main, name, what)
