@@ -216,7 +216,10 @@ def ship(name: str, runs: Path) -> None:
     """Save the activation of the study's best source network."""
     found = study()
     best = max(found.of(found.groups[0], "sparta"), key=lambda e: e.val_robust)
-    network = load_model(output(runs, "pretrain", f"sparta-s{best.seed}") / MODEL)
+    directory = output(runs, "pretrain", f"sparta-s{best.seed}") / MODEL
+    if model_sha256(directory) != best.weights_sha256:
+        raise SystemExit(f"expected the weights that were judged, {best.weights_sha256[:12]}, in {directory}")
+    network = load_model(directory)
     source = {
         "dataset": best.dataset,
         "threat_model": best.trained_by,

@@ -134,10 +134,11 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     candidate, control = Evaluation.load(arguments.candidate), Evaluation.load(arguments.control)
-    for name in ("clean", "union"):
-        if paired := paired_gain(arguments.candidate, arguments.control, name):
-            print(f"{name}: candidate minus control {paired}")
+    clean, paired = (paired_gain(arguments.candidate, arguments.control, what) for what in ("clean", "union"))
     verdict = promotion_verdict(candidate, control, candidate.audit, paired=paired)
+    for name, gain in (("clean", clean), ("union", paired if verdict.gain else None)):
+        if gain:
+            print(f"{name}: candidate minus control {gain}")
     print(verdict.statement)
     if verdict.allowed:
         print("promotion: allowed, if the control is a ReLU network of the candidate's architecture")

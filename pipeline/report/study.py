@@ -109,6 +109,12 @@ class Entry(Section):
         return (self.dataset, f"{self.robust.n:,}", self.trained_by, self.judged_under, ", ".join(self.attacks))
 
     @property
+    def form(self) -> tuple[object, ...]:
+        """What the seeds of a contender have in common: they differ in nothing else."""
+        what = (self.role, self.activation, self.architecture, self.num_parameters, self.epochs, self.precision)
+        return (*what, "frozen" if self.frozen_digest else "its own")
+
+    @property
     def key(self) -> tuple[str, str, int]:
         """What is there once in a study."""
         return self.group, self.contender, self.seed
@@ -177,6 +183,15 @@ class Study(Section):
             for entry in others:
                 if entry.judges != first.judges:
                     raise ValueError(f"expected {group} to be judged on {first.judges}, got {entry.judges}")
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_of_a_contender_differ_in_nothing_else(self) -> Self:
+        forms: dict[tuple[str, str], tuple[object, ...]] = {}
+        for entry in self.entries:
+            form = forms.setdefault((entry.group, entry.contender), entry.form)
+            if entry.form != form:
+                raise ValueError(f"expected {' '.join(map(str, entry.key))} to be {form}, got {entry.form}")
         return self
 
     @property
@@ -274,11 +289,13 @@ class Study(Section):
         """This study with the networks that only `part` has.
 
         Networks of both are the proof that the parts belong together: same configuration, data and judges (their
-        fingerprints), and same code, libraries and kind of processor (their weights, to the last bit).
+        fingerprints), and same code, libraries and kind of processor (their weights, and what they get right, to the
+        last bit).
 
         Raises:
-            ValueError: when a network of both was not trained or judged in the same way, or has other weights; when a
-                group of both has no network in common.
+            ValueError: when a network of both was not trained or judged in the same way, has other weights, or is right
+                on other images; when a group of both has no network in common; when a contender of both has another
+                form in the part.
         """
         mine = {entry.key: entry for entry in self.entries}
         for group in set(self.groups) & set(part.groups):
@@ -301,6 +318,8 @@ def _expect_the_same(known: Entry, entry: Entry) -> None:
         ("the training", known.trained, entry.trained),
         ("the weights", known.weights_sha256, entry.weights_sha256),
         ("the evaluation", known.evaluated, entry.evaluated),
+        ("the images that are right clean", _pack(known.correct_clean), _pack(entry.correct_clean)),
+        ("the images that are right under attack", _pack(known.correct_robust), _pack(entry.correct_robust)),
     ):
         if one != other:
             raise ValueError(

@@ -5,6 +5,7 @@ import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -13,6 +14,7 @@ from pipeline.report.cells import CELLS, PROPERTIES, TwoByTwo
 from pipeline.report.charts import Chart, draw, percent
 from pipeline.report.environment import environment
 from pipeline.report.study import Comparison, Mean, Study, What
+from pipeline.report.tables import cell
 from pipeline.report.theme import CONTROL, MUTED, OURS
 from sparta_models import ACTIVATIONS
 
@@ -167,11 +169,11 @@ def _csv(study: Study) -> str:
     writer = csv.writer(text, lineterminator="\n")
     rows = list(_records(study))
     writer.writerow(rows[0])
-    writer.writerows(row.values() for row in rows)
+    writer.writerows([cell(value) for value in row.values()] for row in rows)
     return text.getvalue()
 
 
-def _records(study: Study) -> Iterator[dict[str, object]]:
+def _records(study: Study) -> Iterator[dict[str, Any]]:
     for entry in study.entries:
         record = entry.model_dump(exclude={"clean", "robust", "attacks", "correct_clean", "correct_robust"})
         yield record | {"n": entry.robust.n, "clean": entry.clean.value, "robust": entry.robust.value}

@@ -147,10 +147,10 @@ def _write_csv(path: Path, lines: Sequence[Mapping[str, Value]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
+    writer.writerows({name: cell(value) for name, value in line.items()} for line in lines)
     write_atomic(path, text.getvalue())
 
 
-def _cell(value: Value) -> Value:
-    # A spreadsheet would run a name that begins like a formula.
+def cell(value: Value) -> Value:
+    """A value for a CSV file; a name that begins like a formula is quoted, a spreadsheet would run it."""
     return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t" else value

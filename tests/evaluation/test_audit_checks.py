@@ -1,5 +1,7 @@
 """Single checks of the audit, on models made so that only the matter at hand can decide."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from pipeline.evaluation import AuditReport, Check, audit
 from pipeline.evaluation.audit import (
     determinism,
     equal_cost,
+    finite_difference,
     frozen,
     gate_attack,
     gate_saturation,
@@ -18,8 +21,9 @@ from pipeline.evaluation.audit import (
     random_gate,
 )
 from pipeline.evaluation.audit.bpda import RULES
+from pipeline.evaluation.audit.chunks import fooled
 from pipeline.evaluation.audit.gates import Parts
-from pipeline.evaluation.audit.planted import small_cnn
+from pipeline.evaluation.audit.planted import Lambda, small_cnn
 from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.audit.verdict import in_vain, judged, largest
 from sparta_models import Activation, build_activation
@@ -96,6 +100,44 @@ def test_one_saturated_site_of_nine_is_not_lost_in_the_mean(digits):
     assert sum(found.details["saturated, by site"]) / 9 < gate_saturation.WARN
     assert found.verdict == "fail"
     assert "number 5 of 9" in found.summary
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_flat_area_on_the_kinks_of_an_honest_network_is_no_fault_of_its_gradient(bias):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1, bias=bias), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10)]
+    model = nn.Sequential(*layers).eval()
+    x = torch.zeros(8, 1, 8, 8)
+    assert finite_difference.check(subject_of(model, x, model(x).argmax(1))).verdict == "pass"
+
+
+class _NotANumber(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * float("nan")
+
+
+def test_a_derivative_that_is_no_number_is_wrong(robust, digits):
+    model = nn.Sequential(Lambda(robust, before=_NotANumber.apply)).eval()
+    assert finite_difference.check(subject_of(model, digits.test_x[:8], digits.test_y[:8])).figure == 1
+
+
+def test_an_image_that_is_no_number_fools_nobody(robust, digits):
+    problem = subject_of(robust, digits.test_x[:8], digits.test_y[:8]).problem("nan")
+    assert not fooled(lambda part: torch.full_like(part.x, float("nan")), problem).any()
+    assert fooled(lambda part: part.x, replace(problem, y=always_wrong(robust, problem.x))).all()
+
+
+def test_dead_gradients_of_all_correct_images_are_a_failure_however_few_these_are(robust, digits):
+    x, y = digits.test_x[:64], always_wrong(robust, digits.test_x[:64])
+    y[:8] = robust(x[:8]).argmax(1)
+    model = Lambda(robust, before=lambda x: x * 1.0, after=lambda logits: logits.detach() + 0 * logits).eval()
+    found = gradient_census.check(subject_of(model, x, y))
+    assert (found.verdict, found.details["count"], found.details["share"]) == ("fail", 8, 1)
 
 
 def test_the_largest_figure_is_not_a_number_where_any_is_none():

@@ -145,6 +145,18 @@ def test_two_evaluations_are_compared_and_promotion_refused_with_reasons(prepare
     assert "expected an audit at full budget, got none" in printed
 
 
+def test_under_another_threat_robust_accuracies_are_not_subtracted(prepared, tmp_path, capsys):
+    for name, eps in (("sparta", "0.03"), ("relu", "0.15")):
+        model = saved(tmp_path / name, name)
+        run("run", model, "--data", prepared.directory, "--output", tmp_path / f"{name}-out", *small(), "--eps", eps)
+    capsys.readouterr()
+    assert run("compare", tmp_path / "sparta-out", tmp_path / "relu-out") == 0
+    printed = capsys.readouterr().out
+    assert "clean: candidate minus control" in printed
+    assert "union: candidate minus control" not in printed
+    assert "not compared" in printed
+
+
 def test_a_registered_activation_is_judged_in_the_network_trained_with_it(tmp_path):
     from pipeline.tracking.registry import Registry
 

@@ -227,6 +227,8 @@ def test_parts_of_a_study_are_joined() -> None:
         ({"trained": "f" * 64}, "home sparta 0: expected the training aaaaaaaaaaaa, got ffffffffffff; .* whole group"),
         ({"evaluated": "f" * 64}, "home sparta 0: expected the evaluation bbbbbbbbbbbb, got ffffffffffff"),
         ({"weights_sha256": "f" * 64}, "home sparta 0: expected the weights cccccccccccc, got ffffffffffff"),
+        ({"correct_clean": np.arange(N) < 24}, "home sparta 0: expected the images that are right clean 40:"),
+        ({"correct_robust": np.arange(N) < 9}, "home sparta 0: expected the images that are right under attack 40:"),
         ({"seed": 7}, "expected a network of home that both parts have, to compare them by, got none"),
     ],
 )
@@ -248,6 +250,24 @@ def test_what_was_judged_in_another_way_does_not_stand_in_one_table(values: dict
     other = part("strong").entries[0].model_copy(update=values)
     with pytest.raises(ValueError, match=message):
         Study(name="x", entries=(*part("sparta").entries, other))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"activation": "gelu"},
+        {"architecture": "resnet50"},
+        {"num_parameters": 9},
+        {"epochs": 60},
+        {"precision": "fp32"},
+        {"role": "control"},
+        {"frozen_digest": "d" * 64},
+    ],
+)
+def test_seeds_of_another_network_do_not_stand_in_one_row(values: dict[str, object]) -> None:
+    more = changed(part("strong"), seed=7, **values)
+    with pytest.raises(ValueError, match=r"expected home strong 7 to be .*'silu', 'resnet8 width=4', 1234, 3, 'bf16'"):
+        study().joined(part("sparta").model_copy(update={"entries": (*part("sparta").entries, more.entries[0])}))
 
 
 def test_the_strongest_other_has_all_seeds() -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.training.attacks import fgsm, pgd
+from pipeline.training.attacks.geometry import norm_named
 
 EPS = 0.07
 ATTACKS = {
@@ -213,6 +214,12 @@ def test_restarts_keep_the_worst_of_every_example(loss, small_net, images):
         alike = wrong.all(0) | ~wrong.any(0)
         kept = nn.functional.cross_entropy(net(both), y, reduction="none")
         torch.testing.assert_close(kept[alike], values.amax(0)[alike])
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1e-20, 1, 1e20, 1e37])
+def test_ascent_is_of_unit_norm_whatever_the_gradients_size(size):
+    g = size * torch.tensor([[3.0, -4.0], [0.0, 0.0]])[:, :, None, None]
+    torch.testing.assert_close(norm_named("l2").ascent(g).flatten(1), torch.tensor([[0.6, -0.8], [0.0, 0.0]]))
 
 
 def test_step_rules_shorten_the_steps():

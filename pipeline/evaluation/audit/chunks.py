@@ -38,8 +38,13 @@ def attacked(attack: Attack, problem: Problem) -> Tensor:
 
 def fooled(attack: Attack, problem: Problem) -> Tensor:
     """(B,) bool: whom the attack makes the problem's model misclassify. Its images are not kept."""
-    found = [predict(chunk.model, attack(chunk)) != chunk.y for chunk in chunks(problem)]
+    found = [_fooled(chunk, attack(chunk)) for chunk in chunks(problem)]
     return torch.cat([problem.y[:0].bool(), *found])
+
+
+def _fooled(problem: Problem, x_adv: Tensor) -> Tensor:
+    # An image with a value that is not a number is none, whatever the model makes of it.
+    return x_adv.isfinite().flatten(1).all(1) & (predict(problem.model, x_adv) != problem.y)
 
 
 def predicted(model: nn.Module, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pipeline.evaluation.records import Check
 WARN, FAIL = 0.02, 0.2
 """An overconfident honest network loses a few, where 1 - p(y) drowns in rounding; the margin losses see them."""
 _TINY = 1e-30
-"""Below this the squares that a norm sums up are no longer float32 numbers."""
+"""Below this a gradient is at the end of float32, where it loses its digits."""
 _COSINE = 0.5
 
 
@@ -33,7 +33,7 @@ class _Counted(NamedTuple):
 
 
 def check(subject: Subject) -> Check:
-    """Share of examples whose float32 gradient of the cross-entropy is no direction to follow."""
+    """Share of the correct examples whose float32 gradient of the cross-entropy is no direction to follow."""
     if not len(subject.y):
         return skipped(8, "gradient_census", "no image is classified correctly")
     what = "have no usable float32 gradient: zero, not finite, or unlike the float64 one"
@@ -47,8 +47,8 @@ def check(subject: Subject) -> Check:
         details["log10 of the median size"] = float(found.size.clamp_min(1e-300).median().log10())
     details["share of zero pixels"] = float(found.zeros.mean())
     return judged_share(
-        8, "gradient_census", int((found.dead | found.unlike).sum()), subject.n, warn=WARN, fail=FAIL, summary=what,
-        details=details,
+        8, "gradient_census", int((found.dead | found.unlike).sum()), len(subject.y), warn=WARN, fail=FAIL,
+        summary=what, details=details,
     )  # fmt: skip
 
 

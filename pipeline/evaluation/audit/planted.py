@@ -203,6 +203,7 @@ HONEST: Mapping[str, Case] = {
         _network(named("sparta"), "pgd"), reference=lambda digits: _network(relu, "pgd").make(digits)
     ),
     "Sparta, frozen and transferred": Case(_transferred),
+    "ReLU and max pooling": _network(lambda _: nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 1, 1)), "pgd"),
     "ReLU, not robust": _network(relu, "none"),
     "Sparta, not robust": _network(named("sparta"), "none"),
 }

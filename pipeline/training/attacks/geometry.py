@@ -64,6 +64,12 @@ def _l2_start(noise: Callable[[], Tensor], uniform: Callable[[], Tensor], eps: f
     return eps * radius ** (1 / max(direction[0].numel(), 1)) * direction / _norms(direction).clamp(min=_TINY)
 
 
+def _l2_ascent(g: Tensor) -> Tensor:
+    """g / |g|, by way of its largest value: squares of a saturated network's gradients are no float32 numbers."""
+    g = g / g.flatten(1).abs().amax(1).reshape(-1, *[1] * (g.dim() - 1)).clamp(min=_TINY)
+    return g / _norms(g).clamp(min=_TINY)
+
+
 @dataclass(frozen=True)
 class Norm:
     """One norm: `ascent(g)` of unit norm, `projection(x, eps)`, and `start(noise, uniform, eps)` within the ball."""
@@ -75,7 +81,7 @@ class Norm:
 
 NORMS: dict[str, Norm] = {
     "linf": Norm(torch.sign, _linf_projection, _linf_start),
-    "l2": Norm(lambda g: g / _norms(g).clamp(min=_TINY), _l2_projection, _l2_start),
+    "l2": Norm(_l2_ascent, _l2_projection, _l2_start),
 }
 """Norms of perturbations by name."""
 
