@@ -174,6 +174,23 @@ def test_damaged_output_is_noticed_and_made_again(house: House, damage: Callable
     assert house.out(chain, "b:x").read_text() == "b1(a1())"
 
 
+def test_a_stage_that_goes_on_from_its_own_files_finds_no_damaged_one(house: House) -> None:
+    def go_on(context: StageContext[str]) -> StageResult:
+        for name in ("first.txt", "second.txt"):
+            if not (context.directory / name).exists():
+                (context.directory / name).write_text(f"{context.key} {name}")
+        return StageResult({}, ["first.txt", "second.txt"])
+
+    house.runner = one_by_one(go_on)
+    directory = house.run().done["b:x"].directory
+    for name, kept in (("first.txt", "second.txt"), ("second.txt", "first.txt")):
+        written = (directory / kept).stat().st_mtime_ns
+        (directory / name).write_text("damaged")
+        house.run()
+        assert (directory / name).read_text() == f"b:x {name}"
+        assert (directory / kept).stat().st_mtime_ns == written
+
+
 def test_failed_branch_blocks_what_needs_it_and_nothing_else(house: House) -> None:
     house.broken = {"b"}
     chain = house.run()

@@ -204,6 +204,24 @@ def test_finished_training_is_returned_and_a_changed_one_is_redone(make_job, mon
     assert outcome(train(changed, Context()))["weights_sha256"] != trained.weights_sha256
 
 
+def test_a_network_whose_description_was_altered_is_written_anew(make_job):
+    job = make_job(epochs=1)
+    trained = train(job, Context())
+    path = job.output / "model" / "model.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "mean": [0.9]}))
+    assert outcome(train(job, Context())) == outcome(trained)
+    assert path.read_text() == before
+
+
+def test_a_record_from_before_the_description_had_a_digest_is_still_one(make_job, monkeypatch):
+    job = make_job(epochs=1)
+    trained = train(job, Context()).model_copy(update={"record_sha256": None})
+    (job.output / "trained.json").write_text(trained.model_dump_json())
+    monkeypatch.setattr(loop_module, "train_step", None)
+    assert train(job, Context()) == trained
+
+
 def test_frozen_bank_is_the_same_after_training(make_job, tmp_path):
     torch.manual_seed(3)
     source = build_model("resnet8", activation="frelu", in_channels=1, width=4)
