@@ -1,6 +1,7 @@
 """What a stage leaves behind: a record with its fingerprint and the digests of its files, and how both are checked.
 
-    fingerprint = sha256(stage, version, its config sections, output digests of its upstream)     known before it runs
+    fingerprint = sha256(stage, version, its config sections, output digests of its upstream,
+                         and their fingerprints where it passes on what they recorded)           known before it runs
     output digest = sha256 over (name, sha256) of its output files                               known after
 
 Paths, hosts and times enter neither, so the same work has the same names everywhere; it lies below `runs_root`.

@@ -119,12 +119,15 @@ class Chain:
         return decisions
 
     def _inputs(self, node: Node[Any]) -> dict[str, Any]:
-        return {
+        inputs = {
             "stage": node.stage,
             "version": node.version,
             "sections": dict(node.sections),
             "upstream": {key: self.done[key].record.output_digest for key in node.needs},
         }
+        if node.reads_records:
+            inputs["records"] = {key: self.done[key].record.fingerprint for key in node.needs}
+        return inputs
 
     def _why_new(self, node: Node[Any], inputs: Mapping[str, Any]) -> str:
         current = self.output / node.stage / node.branch / _CURRENT

@@ -99,6 +99,40 @@ def test_changed_setting_reruns_the_node_and_what_depends_on_it(house: House) ->
     assert house.ran == ["b", "c"]
 
 
+def test_a_node_that_passes_on_what_upstream_recorded_is_made_again_with_it(house: House) -> None:
+    """As a page that shows validation accuracies, of a training that changed in how it validates alone."""
+
+    def train(context: StageContext[str]) -> StageResult:
+        (context.directory / "model").write_text("the same")
+        return StageResult({"val_robust": house.settings["a"]}, ["model"])
+
+    def tell(context: StageContext[str]) -> StageResult:
+        house.ran.append(context.key)
+        told = [done.record.payload["val_robust"] for done in context.upstream.values()]
+        (context.directory / "page").write_text(str(told))
+        return StageResult({}, ["page"])
+
+    def run() -> Chain:
+        house.ran.clear()
+        nodes = [
+            Node("pretrain", "x", "", {"value": house.settings["a"]}, one_by_one(train)),
+            Node("evaluate", "x", "", {}, one_by_one(tell), ("pretrain:x",)),
+            Node("report", "x", "", {}, one_by_one(tell), ("pretrain:x",), reads_records=True),
+        ]
+        chain = Chain(house.output, say=house.lines.append)
+        chain.execute(nodes, LocalServices(house.output))  # type: ignore[arg-type]
+        return chain
+
+    run()
+    house.settings["a"] = 2
+    chain = run()
+    assert house.ran == ["report:x"]
+    assert (chain.done["report:x"].directory / "page").read_text() == "[2]"
+    run()
+    assert house.ran == []
+    assert set(chain.done["evaluate:x"].record.inputs) == {"stage", "version", "sections", "upstream"}
+
+
 def test_changing_back_finds_the_old_results(house: House) -> None:
     house.run()
     house.settings["a"] = 2
