@@ -12,11 +12,13 @@ from pipeline.config.training import (
     AttackConfig,
     AWPConfig,
     CheckpointConfig,
+    ConstantConfig,
     EarlyStoppingConfig,
     EMAConfig,
     FGSMRSConfig,
     MARTConfig,
     MixConfig,
+    OneCycleConfig,
     OptimizerConfig,
     PGDATConfig,
     SelectionConfig,
@@ -220,6 +222,16 @@ def test_a_record_from_before_the_description_had_a_digest_is_still_one(make_job
     (job.output / "trained.json").write_text(trained.model_dump_json())
     monkeypatch.setattr(loop_module, "train_step", None)
     assert train(job, Context()) == trained
+
+
+def test_a_damaged_best_network_costs_what_it_stood_for_and_no_more(make_job, monkeypatch, caplog):
+    whole, job = make_job("whole", epochs=2), make_job(epochs=2)
+    expected = train(whole, Context())
+    train_until(job, 4, monkeypatch)  # in the second epoch
+    (best,) = (job.output / "checkpoints").glob("best-*")
+    (best / "model.safetensors").write_bytes(b"x")
+    assert train(job, Context()).weights_sha256 == expected.weights_sha256
+    assert "its best network is damaged" in caplog.text
 
 
 def test_frozen_bank_is_the_same_after_training(make_job, tmp_path):
@@ -558,6 +570,12 @@ def test_flops_are_those_of_the_passes(make_job):
     relu = make_job("relu", epochs=1, activation=ActivationConfig(name="relu"))
     assert train(relu, Context()).flops_per_step == 7 * 32 * forward_flops(model, torch.rand(1, 1, 8, 8))
     assert isinstance(TrainedModel.model_validate_json(train(job, Context()).model_dump_json()), TrainedModel)
+
+
+@pytest.mark.parametrize("schedule", [OneCycleConfig(), ConstantConfig(warmup_epochs=1)])
+def test_a_training_of_one_step_with_a_learning_rate_of_zero_is_refused(schedule, make_job):
+    with pytest.raises(ValueError, match="begins with a learning rate of 0, and this training has one step"):
+        train(make_job(epochs=1, batch_size=512, schedule=schedule), Context())
 
 
 def test_batch_that_is_too_small_for_its_workers_is_refused(make_job, monkeypatch):
