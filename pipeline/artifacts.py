@@ -1,6 +1,7 @@
 """What a stage leaves behind: a record with its fingerprint and the digests of its files, and how both are checked.
 
-    fingerprint = sha256(stage, version, its config sections, output digests of its upstream)     known before it runs
+    fingerprint = sha256(stage, version, its config sections, output digests of its upstream,
+                         and their fingerprints where it passes on what they recorded)           known before it runs
     output digest = sha256 over (name, sha256) of its output files                               known after
 
 Paths, hosts and times enter neither, so the same work has the same names everywhere; it lies below `runs_root`.
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from pipeline.config.base import Section
 
@@ -60,7 +61,16 @@ class StageRecord(Section):
     inputs: dict[str, Any]
     payload: dict[str, Any]
     outputs: dict[str, FileDigest]
+    """By name, below the stage's directory."""
     output_digest: str
+
+    @field_validator("outputs")
+    @classmethod
+    def _below_the_directory(cls, outputs: dict[str, FileDigest]) -> dict[str, FileDigest]:
+        """Damaged outputs are deleted, so a record from elsewhere may name nothing else."""
+        if strangers := [name for name in outputs if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise ValueError(f"expected names below the stage's directory, got {', '.join(strangers)}")
+        return outputs
 
 
 def canonical(value: Any) -> str:
@@ -137,17 +147,16 @@ def load_record(directory: Path) -> StageRecord | None:
         return None
 
 
-def damaged_output(directory: Path, record: StageRecord) -> str | None:
-    """What is wrong with the outputs of `record`, in words, or None when every file is as it was written."""
+def damaged_outputs(directory: Path, record: StageRecord) -> Iterator[tuple[str, str]]:
+    """The outputs of `record` that are not as they were written: name, and what is wrong with it in words."""
     for name, expected in record.outputs.items():
         path = directory / name
         if not path.is_file():
-            return f"output {name} is missing"
-        if path.stat().st_size != expected.size:
-            return f"output {name} has {path.stat().st_size} bytes, expected {expected.size}"
-        if digest_file(path) != expected:
-            return f"output {name} was altered"
-    return None
+            yield name, f"output {name} is missing"
+        elif path.stat().st_size != expected.size:
+            yield name, f"output {name} has {path.stat().st_size} bytes, expected {expected.size}"
+        elif digest_file(path) != expected:
+            yield name, f"output {name} was altered"
 
 
 def changed_inputs(old: Any, new: Any, prefix: str = "") -> list[str]:

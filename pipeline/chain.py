@@ -100,7 +100,7 @@ class Chain:
         if node.stage in self._force:
             return Action.RUN, "forced"
         if record is not None:
-            if damage := artifacts.damaged_output(directory, record):
+            for _, damage in artifacts.damaged_outputs(directory, record):
                 return Action.RUN, damage
             return Action.SKIP, f"inputs {record.fingerprint[:12]} unchanged, {len(record.outputs)} outputs verified"
         if (directory / artifacts.RECORD).exists():
@@ -119,12 +119,15 @@ class Chain:
         return decisions
 
     def _inputs(self, node: Node[Any]) -> dict[str, Any]:
-        return {
+        inputs = {
             "stage": node.stage,
             "version": node.version,
             "sections": dict(node.sections),
             "upstream": {key: self.done[key].record.output_digest for key in node.needs},
         }
+        if node.reads_records:
+            inputs["records"] = {key: self.done[key].record.fingerprint for key in node.needs}
+        return inputs
 
     def _why_new(self, node: Node[Any], inputs: Mapping[str, Any]) -> str:
         current = self.output / node.stage / node.branch / _CURRENT
@@ -241,6 +244,10 @@ class Chain:
     def _prepare_directory(self, decision: Decision, directory: Path) -> None:
         if decision.node.stage in self._force and directory.exists():
             _set_aside(directory)
+        elif decision.record is not None:
+            # A stage goes on from what it finds, and has no digests of all of its files: what is damaged is not there.
+            for name, _ in artifacts.damaged_outputs(directory, decision.record):
+                (directory / name).unlink(missing_ok=True)
         (directory / artifacts.RECORD).unlink(missing_ok=True)
         artifacts.write_atomic(directory / artifacts.STARTED, artifacts.canonical(decision.inputs) + "\n")
 

@@ -3,11 +3,13 @@
     python -m pipeline.run [CONFIG] [key.path=value ...] [[--from S] [--until S] | --only S] [--force S] [--dry-run]
 
 CONFIG is a preset's name or a YAML file; without it the embedded demo runs. Exit codes: 0 done, 1 a stage failed,
-2 bad configuration, 3 the cluster cannot satisfy the request, 130 interrupted, 143 terminated.
+2 bad configuration, 3 the cluster cannot satisfy the request, 130 interrupted, 141 nobody reads the output,
+143 terminated.
 """
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,7 +31,7 @@ from pipeline.stages.node import Node
 from pipeline.stages.services import Services
 from pipeline.stages.summary import closing_lines
 
-DONE, STAGE_FAILED, BAD_CONFIG, CLUSTER_TOO_SMALL, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+DONE, STAGE_FAILED, BAD_CONFIG, CLUSTER_TOO_SMALL, INTERRUPTED, NOBODY_READS, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
 
 class Terminated(BaseException):
@@ -42,17 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with raised_as_such():
-            return _run(load_config(options.config, options.overrides), options)
+            code = _run(load_config(options.config, options.overrides), options)
+            sys.stdout.flush()
+            return code
     except (ConfigError, DataError, OutputLockedError) as error:
         return _fail(error, BAD_CONFIG)
+    except BrokenPipeError:  # of `| head`; the interpreter's own last flush would fail as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except (ClusterTooSmall, ConnectionError) as error:
         return _fail(error, CLUSTER_TOO_SMALL)
     except OSError as error:  # where no stage could take it: a full disk under the chain's own records
         return _fail(f"{error}; the same command goes on from here", STAGE_FAILED)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted; {_again(options)} goes on from here", INTERRUPTED)
-    except Terminated:
-        return _fail(f"terminated; {_again(options)} goes on from here", TERMINATED)
+    except (KeyboardInterrupt, Terminated) as stopped:
+        how, code = ("terminated", TERMINATED) if isinstance(stopped, Terminated) else ("interrupted", INTERRUPTED)
+        return _fail(f"{how}; {_again(options)} goes on from here", code)
 
 
 def _again(options: argparse.Namespace) -> str:
@@ -68,6 +74,7 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
     stages = STAGES[first : last + 1]
     planning = Chain(root / config.name, force=options.force, only=stages)
     planned = _plan(planning, config, STAGES[: last + 1], dry=options.dry_run)
+    asked = config
     if options.dry_run:
         _tell(planned, config, planning)
         return DONE
@@ -83,7 +90,7 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
             if settled(config, chain.done):
                 config = tuned(config, chain.done)
                 chain.execute(_chosen(tail(config), STAGES[: last + 1]), services)
-            _publish(chain)
+            _publish(chain if stages[-1] == STAGES[-1] else _found(chain, asked))
         if chain.failed:
             services.chain_run.fail()
     print(closing_lines(config, chain.output, chain.done, chain.failed))
@@ -98,6 +105,13 @@ def _publish(chain: Chain) -> None:
     for finished in (done for key, done in chain.done.items() if key.startswith("report:")):
         page = str(finished.record.payload["page"])
         write_atomic(chain.output / page, (finished.directory / page).read_text(encoding="utf-8"))
+
+
+def _found(chain: Chain, config: ChainConfig) -> Chain:
+    """`chain` with what an earlier run has made of all stages, also those that were not asked for this time."""
+    whole = Chain(chain.output)
+    _plan(whole, config, STAGES, dry=True)
+    return whole
 
 
 def _trainings_ahead(planned: Sequence[Decision]) -> set[str]:

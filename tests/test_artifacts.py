@@ -52,6 +52,16 @@ def test_written_file_is_readable_by_whom_the_umask_says(tmp_path: Path) -> None
     assert (tmp_path / "shared.json").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize("name", ["../other.txt", "/etc/hostname", "model/../../other.txt"])
+def test_a_record_that_names_files_elsewhere_is_none(name: str, tmp_path: Path) -> None:
+    outputs = {name: artifacts.FileDigest(size=1, sha256="0" * 64)}
+    record = artifacts.StageRecord.model_construct(
+        stage="a", branch="x", fingerprint="f", inputs={}, payload={}, outputs=outputs, output_digest="d"
+    )
+    artifacts.save_record(tmp_path, record)
+    assert artifacts.load_record(tmp_path) is None
+
+
 def test_changes_are_named_with_both_values() -> None:
     changes = artifacts.changed_inputs({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}, "d": None})
     assert changes == ["a.b 1 -> 3"]

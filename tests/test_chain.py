@@ -99,6 +99,40 @@ def test_changed_setting_reruns_the_node_and_what_depends_on_it(house: House) ->
     assert house.ran == ["b", "c"]
 
 
+def test_a_node_that_passes_on_what_upstream_recorded_is_made_again_with_it(house: House) -> None:
+    """As a page that shows validation accuracies, of a training that changed in how it validates alone."""
+
+    def train(context: StageContext[str]) -> StageResult:
+        (context.directory / "model").write_text("the same")
+        return StageResult({"val_robust": house.settings["a"]}, ["model"])
+
+    def tell(context: StageContext[str]) -> StageResult:
+        house.ran.append(context.key)
+        told = [done.record.payload["val_robust"] for done in context.upstream.values()]
+        (context.directory / "page").write_text(str(told))
+        return StageResult({}, ["page"])
+
+    def run() -> Chain:
+        house.ran.clear()
+        nodes = [
+            Node("pretrain", "x", "", {"value": house.settings["a"]}, one_by_one(train)),
+            Node("evaluate", "x", "", {}, one_by_one(tell), ("pretrain:x",)),
+            Node("report", "x", "", {}, one_by_one(tell), ("pretrain:x",), reads_records=True),
+        ]
+        chain = Chain(house.output, say=house.lines.append)
+        chain.execute(nodes, LocalServices(house.output))  # type: ignore[arg-type]
+        return chain
+
+    run()
+    house.settings["a"] = 2
+    chain = run()
+    assert house.ran == ["report:x"]
+    assert (chain.done["report:x"].directory / "page").read_text() == "[2]"
+    run()
+    assert house.ran == []
+    assert set(chain.done["evaluate:x"].record.inputs) == {"stage", "version", "sections", "upstream"}
+
+
 def test_changing_back_finds_the_old_results(house: House) -> None:
     house.run()
     house.settings["a"] = 2
@@ -172,6 +206,23 @@ def test_damaged_output_is_noticed_and_made_again(house: House, damage: Callable
     house.run()
     assert house.ran == ["b"]
     assert house.out(chain, "b:x").read_text() == "b1(a1())"
+
+
+def test_a_stage_that_goes_on_from_its_own_files_finds_no_damaged_one(house: House) -> None:
+    def go_on(context: StageContext[str]) -> StageResult:
+        for name in ("first.txt", "second.txt"):
+            if not (context.directory / name).exists():
+                (context.directory / name).write_text(f"{context.key} {name}")
+        return StageResult({}, ["first.txt", "second.txt"])
+
+    house.runner = one_by_one(go_on)
+    directory = house.run().done["b:x"].directory
+    for name, kept in (("first.txt", "second.txt"), ("second.txt", "first.txt")):
+        written = (directory / kept).stat().st_mtime_ns
+        (directory / name).write_text("damaged")
+        house.run()
+        assert (directory / name).read_text() == f"b:x {name}"
+        assert (directory / kept).stat().st_mtime_ns == written
 
 
 def test_failed_branch_blocks_what_needs_it_and_nothing_else(house: House) -> None:

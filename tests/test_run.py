@@ -120,6 +120,16 @@ def test_dry_run_names_every_stage_and_writes_nothing(tmp_path: Path, capsys: py
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_output_that_nobody_reads_ends_the_command_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "pipeline.run", "--dry-run"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def test_dry_run_shows_an_enabled_search(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--dry-run", "search.enabled=true"]) == 0
     assert "search:best" in capsys.readouterr().out
@@ -204,7 +214,10 @@ def test_the_page_in_the_chains_folder_is_that_of_the_configuration_that_ran_las
     assert [ran("a"), ran("b"), ran("a")] == ["a", "b", "a"]  # the third has nothing to do
     assert ran("broken") is None
     assert ran("a") == "a"
-    assert ran("b", "--until", "evaluate") is None
+    assert ran("a", "--until", "prepare") == "a"  # it is its own page still
+    assert ran("a", "--only", "transfer") == "a"
+    assert ran("b", "--until", "evaluate") == "b"  # which was made before
+    assert ran("c", "--until", "evaluate") is None
 
 
 def test_images_are_counted_before_the_search_and_for_the_stages_that_were_asked_for(

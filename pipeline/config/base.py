@@ -11,9 +11,10 @@ _SHOWN_CHARACTERS = 200
 
 
 class Section(BaseModel):
-    """A frozen group of settings, or a record. An unknown key is an error: a misspelling never passes in silence."""
+    """A frozen group of settings, or a record. An unknown key is an error: a misspelling never passes in silence. So is
+    a number that is infinite or none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def one_line(error: Exception) -> str:
@@ -45,9 +46,10 @@ def mistake(detail: ErrorDetails) -> str:
 def parse_fraction(value: Any) -> Any:
     """Read "8/255" (pixel units of an image in [0, 1]) as the float 8 / 255; anything else is left to pydantic."""
     if isinstance(value, str):
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+        text = value.replace(" ", "")
+        try:  # a Fraction of "1e99999999" would have all of its digits
+            return float(Fraction(text)) if "/" in text else float(text)
+        except (ValueError, ZeroDivisionError, OverflowError):
             raise ValueError(f'expected a number or a fraction such as "8/255", got {value!r}') from None
     return value
 

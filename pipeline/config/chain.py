@@ -123,7 +123,7 @@ class ChainConfig(Section):
             **{f"transfer {target.name}: training": target.training for target in self.transfer},
             "study.standard.training": standard.training if standard else None,
         }
-        workers, trial = self.scaling.min_workers, self.search.num_workers if self.search.enabled else 1
+        workers, trial = self.scaling.max_workers, self.search.num_workers if self.search.enabled else 1
         if trial > workers:
             workers, setting = trial, "search.num_workers"
         else:

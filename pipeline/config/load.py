@@ -93,7 +93,7 @@ def _set(container: Any, path: Sequence[str], value: Any, key: str) -> Any:
         return value
     head, rest = path[0], path[1:]
     if isinstance(container, list | tuple):
-        if not head.isdigit() or int(head) >= len(container):
+        if not head.isdecimal() or int(head) >= len(container):
             raise ConfigError(f"expected an index below {len(container)} at {head!r} in {key!r}")
         index = int(head)
         return [_set(item, rest, value, key) if i == index else item for i, item in enumerate(container)]

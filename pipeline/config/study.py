@@ -10,7 +10,8 @@ from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.model import ActivationConfig, Option
 from pipeline.config.training import TrainingConfig
 
-RESERVED = ("sparta", "control")
+# The roles of the chain's own networks, at the source and on targets.
+RESERVED = ("sparta", "control", "frozen", "learned", "untrained")
 
 
 class Contender(Section):

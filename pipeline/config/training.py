@@ -362,4 +362,9 @@ class TrainingConfig(Section):
         warmup = getattr(self.schedule, "warmup_epochs", 0.0)
         if warmup >= self.epochs > 1:
             raise ValueError(f"schedule.warmup_epochs={warmup} leaves nothing of epochs={self.epochs}")
+        if self.eps_warmup_epochs > self.epochs > 1:
+            raise ValueError(
+                f"eps_warmup_epochs={self.eps_warmup_epochs} is above epochs={self.epochs}: the attack never has "
+                "all of eps; lower it"
+            )
         return self

@@ -21,7 +21,7 @@ Verdict = Literal["pass", "warn", "fail", "skip"]
 class _Record(Section):
     """A section whose numbers may be NaN or infinite, in its file too: JSON as Python writes it."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
 
 
 class AttackResult(_Record):

@@ -131,6 +131,8 @@ class Entry(Section):
 class Mean(Section):
     """A mean over seeds, or over images, with its 95 % t interval; the interval is infinite for one of them."""
 
+    model_config = ConfigDict(allow_inf_nan=True)
+
     value: float
     low: float
     high: float
@@ -149,7 +151,9 @@ class Mean(Section):
 
 
 class Comparison(Section):
-    """One contender minus another, paired by seed and by image."""
+    """One contender minus another, paired by seed and by image; p is no number for one image that differs."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
     group: str
     a: str

@@ -56,7 +56,8 @@ def threat_in_words(training: TrainingConfig) -> str:
 
 def freeze_node(task: FreezeTask, branch: str = "bank") -> Node[FreezeTask]:
     """The node that freezes and registers the source's activation."""
-    return Node("freeze", branch, task, {"threat": task.threat}, run_freeze, (task.model, task.data))
+    needs = (task.model, task.data)
+    return Node("freeze", branch, task, {"threat": task.threat}, run_freeze, needs, reads_records=True)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ class Node(Generic[Task]):
     """Raised when the stage's code makes something else of the same inputs."""
     together: bool = False
     """Whether neighbours of the same runner that are ready at the same time are handed to it in one call."""
+    reads_records: bool = False
+    """Whether it passes on what the records of its upstream say, as accuracies, and not their files alone."""
     trains: bool = False
     """Whether it asks the cluster for the workers of `scaling`."""
 

@@ -54,7 +54,9 @@ def report_node(task: ReportTask) -> Node[ReportTask]:
     needs = [key for model in task.models for key in (model.data, model.trained, model.evaluation)]
     needs += [task.bank] + ([task.search] if task.search else [])
     sections = {"report": task.report.model_dump(mode="json"), "chain": task.chain}
-    return Node("report", "page", task, sections, run_report, tuple(dict.fromkeys(needs)), version=2)
+    return Node(
+        "report", "page", task, sections, run_report, tuple(dict.fromkeys(needs)), version=2, reads_records=True
+    )
 
 
 def _report(context: StageContext[ReportTask]) -> StageResult:

@@ -37,16 +37,19 @@ class SearchTask:
 
 
 def search_node(task: SearchTask) -> Node[SearchTask]:
-    """The node that searches. What a space holds is its identity, not where it is written.
+    """The node that searches. What a space holds is its identity, not where it is written; nor is how often trials
+    write checkpoints.
 
     Raises:
         ConfigError: for a space that does not fit the configuration.
     """
-    sections = task.config.model_dump(mode="json", include={"search", "model", "training", "augment", "seed"})
-    sections["threat"] = task.config.evaluation.threat.model_dump(mode="json")
-    for how in ("enabled", "max_concurrent"):
+    config = task.config
+    sections = config.model_dump(mode="json", include={"search", "model", "training", "augment", "seed"})
+    del sections["training"]["checkpoint"]
+    sections["threat"] = (config.search.threat or config.evaluation.threat).model_dump(mode="json")
+    for how in ("enabled", "max_concurrent", "threat"):
         del sections["search"][how]
-    sections["search"]["space"] = {key: repr(rule) for key, rule in checked_space(task.config).items()}
+    sections["search"]["space"] = {key: repr(rule) for key, rule in checked_space(config).items()}
     # 2: as version 2 of training.
     return Node("search", "best", task, sections, run_search, (task.data,), version=2, trains=True)
 

@@ -52,7 +52,9 @@ def page_node(task: StudyTask) -> Node[StudyTask]:
     """The node that writes the page."""
     needs = [key for n in task.networks for key in (n.task.data, n.trained, n.evaluated)]
     sections = {"name": task.name, "groups": [[n.group, n.contender, n.branch] for n in task.networks]}
-    return Node("report", "study", task, sections, run_study, tuple(dict.fromkeys(needs)), version=2)
+    return Node(
+        "report", "study", task, sections, run_study, tuple(dict.fromkeys(needs)), version=2, reads_records=True
+    )
 
 
 def _page(context: StageContext[StudyTask]) -> StageResult:

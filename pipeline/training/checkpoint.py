@@ -18,6 +18,7 @@ from pipeline.artifacts import canonical
 from pipeline.config.base import one_line
 from pipeline.training.ema import EMA
 from pipeline.training.files import DamagedFilesError, read_directory, sweep, write_directory
+from pipeline.training.model_io import load_model
 from pipeline.training.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class Checkpoints:
                 shutil.rmtree(directory)
 
     def load(self) -> tuple[Groups, Progress] | None:
-        """The newest state that is whole and of this job; a damaged one is reported and the one before it taken.
+        """The newest state that is whole and of this job, with the network that it names as the best; a damaged one is
+        reported and the one before it taken.
 
         What a killed process left half-written is removed, so no rank may be saving yet.
         """
@@ -87,6 +89,12 @@ class Checkpoints:
             return None
         if meta["fingerprint"] != self.fingerprint:
             _log.warning("checkpoint %s belongs to other settings and is passed over", directory)
+            return None
+        try:
+            if progress.best_epoch:
+                load_model(self.best(progress.best_epoch))
+        except DamagedFilesError as error:
+            _log.warning("checkpoint %s is passed over, its best network is damaged: %s", directory, one_line(error))
             return None
         return groups, progress
 

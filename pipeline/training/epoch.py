@@ -12,7 +12,7 @@ from pipeline.training.context import Context
 from pipeline.training.errors import FrozenChangedError
 from pipeline.training.files import DamagedFilesError
 from pipeline.training.job import EpochRecord, TrainedModel, TrainJob
-from pipeline.training.model_io import load_model, model_sha256, save_model
+from pipeline.training.model_io import load_model, model_sha256, record_sha256, save_model
 from pipeline.training.monitor import Monitor
 from pipeline.training.reporter import percent
 from pipeline.training.run import Run
@@ -140,6 +140,7 @@ def finish(run: Run, monitor: Monitor) -> TrainedModel:
     trained = TrainedModel(
         fingerprint=run.fingerprint,
         weights_sha256=model_sha256(output / MODEL),
+        record_sha256=record_sha256(output / MODEL),
         epochs=state.epoch,
         selected_epoch=state.best_epoch,
         val_clean=chosen.val_clean,
@@ -171,7 +172,9 @@ def finished(job: TrainJob, fingerprint: str, context: Context) -> TrainedModel 
     try:
         trained = TrainedModel.model_validate_json((job.output / RECORD).read_text())
         load_model(job.output / MODEL)
-        whole = trained.fingerprint == fingerprint and model_sha256(job.output / MODEL) == trained.weights_sha256
+        found = (model_sha256(job.output / MODEL), record_sha256(job.output / MODEL))
+        expected = (trained.weights_sha256, trained.record_sha256 or found[1])
+        whole = trained.fingerprint == fingerprint and found == expected
     except (OSError, ValidationError, DamagedFilesError):
         trained, whole = None, False
     if context.world_size > 1:

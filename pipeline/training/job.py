@@ -58,6 +58,8 @@ class TrainedModel(BaseModel):
 
     fingerprint: str
     weights_sha256: str
+    record_sha256: str | None = None
+    """Digest of the network's model.json; None in records from before it was noted."""
     epochs: int
     """Epochs that were run."""
     selected_epoch: int

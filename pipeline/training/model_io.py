@@ -57,6 +57,11 @@ def model_sha256(directory: Path) -> str:
     return sha256_of(directory / f"{_WEIGHTS}.safetensors")
 
 
+def record_sha256(directory: Path) -> str:
+    """Digest of the file that says what network the weights belong to, and how its images are normalised."""
+    return sha256_of(directory / _RECORD)
+
+
 def load_model(directory: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """The network that `save_model` wrote, in eval mode on `device`.
 

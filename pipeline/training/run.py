@@ -164,6 +164,11 @@ def open_run(
     checkpoints = Checkpoints(job.output / "checkpoints", fingerprint)
     saved = _restored(checkpoints, context, model, optimizer, ema)
     loader, val_loader = _loaders(job, context, prepared)
+    if config.epochs * len(loader) == 1 and schedule_factor(config.schedule, 0, config.epochs) == 0:
+        raise ValueError(
+            f"training.schedule.kind={config.schedule.kind} begins with a learning rate of 0, and this training has "
+            "one step; lower training.batch_size, raise training.epochs, or take a schedule that begins at its peak"
+        )
     compiled = resolve_compile(config.compile, device, config.epochs * len(loader))
     side = prepared.image_size
     probe = torch.rand((2, prepared.channels, side, side), generator=torch.Generator().manual_seed(0)).to(device)

@@ -99,6 +99,11 @@ def test_every_trial_is_judged_by_one_threat_whatever_it_trains_against():
     assert overlay(BASE, judged(BASE, {EPS: 0.5})).training.selection.threat.eps == BASE.evaluation.threat.eps
 
 
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_sampler_takes_any_seed_of_a_chain(algorithm):
+    assert make_sampler(SPACE, SearchConfig(algorithm=algorithm), seed=2**32).ask() is not None
+
+
 @pytest.mark.parametrize("algorithm", ["random", "grid", "optuna"])
 def test_a_sampler_repeats_itself_by_its_seed_and_never_a_point(algorithm):
     def points():

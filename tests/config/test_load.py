@@ -104,6 +104,12 @@ def test_overlay_is_checked_like_a_file() -> None:
             "scaling.num_workers=33",
             r"training.batch_size=64 is less than two images for each of 33 workers; .*num_workers",
         ),
+        (
+            "scaling.num_workers=[1,33]",
+            r"training.batch_size=64 is less than two images for each of 33 workers; .*num_workers",
+        ),
+        ("scaling.collective_timeout=.inf", r"scaling\.collective_timeout: .*finite number, got inf"),
+        ("transfer.\u00b2=x", "expected an index below 2 at '\u00b2'"),
         ("training.epoch=3", r"unknown key 'training\.epoch'; did you mean 'epochs'\?; known here: .*batch_size"),
         ("transfer.0.nmae=x", r"unknown key 'transfer\.0\.nmae'; did you mean 'name'\?"),
         ("training.method.stepz=3", r"unknown key .*stepz"),

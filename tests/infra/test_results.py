@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.artifacts import StageRecord, damaged_output, digest_outputs, load_record, save_record
+from pipeline.artifacts import StageRecord, damaged_outputs, digest_outputs, load_record, save_record
 from pipeline.config.load import load_config
 from pipeline.data import open_split, prepare
 from pipeline.evaluation.sample import sample
@@ -84,7 +84,7 @@ def test_a_sweep_is_shown_with_its_means(results: ModuleType, tmp_path: Path) ->
 def test_the_committed_sweep_is_as_it_was_written(results: ModuleType) -> None:
     record = load_record(results.SWEEP)
     assert record is not None
-    assert damaged_output(results.SWEEP, record) is None
+    assert not list(damaged_outputs(results.SWEEP, record))
 
 
 def test_accuracies_are_those_of_the_images(results: ModuleType) -> None:

@@ -39,6 +39,14 @@ def test_every_node_comes_after_what_it_needs_and_stages_are_in_order() -> None:
     assert "search:best" in seen
 
 
+@pytest.mark.parametrize(("preset", "page"), [("demo", "report:page"), ("study_quick", "report:study")])
+def test_what_passes_on_records_of_trainings_knows_them_by_more_than_their_files(preset: str, page: str) -> None:
+    config = load_config(preset)
+    reading = {node.key for node in [*head(config), *tail(config)] if node.reads_records}
+    assert page in reading
+    assert {key.partition(":")[0] for key in reading - {page}} == {"freeze"}
+
+
 def test_every_target_has_a_frozen_network_and_a_control_of_equal_budget() -> None:
     models = {model.branch: model for model in reported_models(load_config("demo"))}
     for name in ("deeper", "digits-5-9"):

@@ -26,8 +26,18 @@ def test_a_space_is_known_by_what_it_holds(tmp_path: Path):
     before = sections(here)
     assert sections(there) == before
     assert sections(here, "search.max_concurrent=1") == before
+    assert sections(here, "training.checkpoint.every_steps=7") == before
     here.write_text("training.optimizer.lr: {uniform: [0.1, 0.3]}")
     assert sections(here) != before
+
+
+def test_only_the_threat_that_trials_are_judged_by_identifies_a_search(tmp_path: Path):
+    space, other = tmp_path / "space.yaml", "evaluation.threat.eps=0.05"
+    space.write_text("training.optimizer.lr: {uniform: [0.1, 0.2]}")
+    assert sections(space, other) != sections(space)
+    fixed = "search.threat={eps: 0.05}"
+    assert sections(space, fixed, "evaluation.threat.eps=0.07") == sections(space, fixed) == sections(space, other)
+    assert sections(space, "search.threat={eps: 0.06}") != sections(space, fixed)
 
 
 def started(directory: Path, num_trials: int, lr: float, trials: int = 0) -> Path:

@@ -135,6 +135,10 @@ def test_of_an_activation_from_elsewhere_there_are_transfers_alone() -> None:
         ("bank.pretrained=cifar10-resnet8-linf8", "training the source, which study.contenders would need"),
         ("study.seeds=[1, 1]", "different seeds"),
         ("study.contenders=[{name: sparta, activation: {name: silu}}]", "the chain's own network"),
+        *(
+            (f"study.contenders=[{{name: {role}, activation: {{name: silu}}}}]", "the chain's own network")
+            for role in ("control", "frozen", "learned", "untrained")
+        ),
         (
             "study.contenders=[{name: a, activation: {name: silu}}, {name: a, activation: {name: gelu}}]",
             "different names",

@@ -93,6 +93,18 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path, caplog
     assert again.save(gather(*state(3)), Progress(step=2)) == newest  # the good one is not overwritten
 
 
+@pytest.mark.parametrize("older", [1, 2])
+def test_checkpoint_whose_best_network_is_damaged_gives_way_to_the_one_before(older, tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, "job")
+    for step, best in ((1, older), (2, 2)):
+        save_model(checkpoints.best(best), META.build(), META)
+        checkpoints.save(gather(*state(step)), Progress(step=step, best_epoch=best))
+    (checkpoints.best(2) / "model.safetensors").write_bytes(b"x")
+    found = Checkpoints(tmp_path, "job").load()
+    assert (found and found[1].step) == (1 if older == 1 else None)
+    assert "its best network is damaged" in caplog.text
+
+
 def test_checkpoint_of_other_settings_is_passed_over(tmp_path, caplog):
     Checkpoints(tmp_path, "job").save(gather(*state(0)), Progress(step=1))
     assert Checkpoints(tmp_path, "other").load() is None

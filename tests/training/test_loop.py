@@ -12,11 +12,13 @@ from pipeline.config.training import (
     AttackConfig,
     AWPConfig,
     CheckpointConfig,
+    ConstantConfig,
     EarlyStoppingConfig,
     EMAConfig,
     FGSMRSConfig,
     MARTConfig,
     MixConfig,
+    OneCycleConfig,
     OptimizerConfig,
     PGDATConfig,
     SelectionConfig,
@@ -202,6 +204,34 @@ def test_finished_training_is_returned_and_a_changed_one_is_redone(make_job, mon
     assert train(changed, Context()).fingerprint != trained.fingerprint
     (job.output / "model" / "model.safetensors").write_bytes(b"")
     assert outcome(train(changed, Context()))["weights_sha256"] != trained.weights_sha256
+
+
+def test_a_network_whose_description_was_altered_is_written_anew(make_job):
+    job = make_job(epochs=1)
+    trained = train(job, Context())
+    path = job.output / "model" / "model.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "mean": [0.9]}))
+    assert outcome(train(job, Context())) == outcome(trained)
+    assert path.read_text() == before
+
+
+def test_a_record_from_before_the_description_had_a_digest_is_still_one(make_job, monkeypatch):
+    job = make_job(epochs=1)
+    trained = train(job, Context()).model_copy(update={"record_sha256": None})
+    (job.output / "trained.json").write_text(trained.model_dump_json())
+    monkeypatch.setattr(loop_module, "train_step", None)
+    assert train(job, Context()) == trained
+
+
+def test_a_damaged_best_network_costs_what_it_stood_for_and_no_more(make_job, monkeypatch, caplog):
+    whole, job = make_job("whole", epochs=2), make_job(epochs=2)
+    expected = train(whole, Context())
+    train_until(job, 4, monkeypatch)  # in the second epoch
+    (best,) = (job.output / "checkpoints").glob("best-*")
+    (best / "model.safetensors").write_bytes(b"x")
+    assert train(job, Context()).weights_sha256 == expected.weights_sha256
+    assert "its best network is damaged" in caplog.text
 
 
 def test_frozen_bank_is_the_same_after_training(make_job, tmp_path):
@@ -540,6 +570,12 @@ def test_flops_are_those_of_the_passes(make_job):
     relu = make_job("relu", epochs=1, activation=ActivationConfig(name="relu"))
     assert train(relu, Context()).flops_per_step == 7 * 32 * forward_flops(model, torch.rand(1, 1, 8, 8))
     assert isinstance(TrainedModel.model_validate_json(train(job, Context()).model_dump_json()), TrainedModel)
+
+
+@pytest.mark.parametrize("schedule", [OneCycleConfig(), ConstantConfig(warmup_epochs=1)])
+def test_a_training_of_one_step_with_a_learning_rate_of_zero_is_refused(schedule, make_job):
+    with pytest.raises(ValueError, match="begins with a learning rate of 0, and this training has one step"):
+        train(make_job(epochs=1, batch_size=512, schedule=schedule), Context())
 
 
 def test_batch_that_is_too_small_for_its_workers_is_refused(make_job, monkeypatch):

@@ -98,7 +98,7 @@ class OptunaSampler:
         with warnings.catch_warnings():
             # Experimental by name only: it keeps trials that run side by side from being the same point.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=True)  # numpy takes no more
         self._study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler)
         self._space, self._objectives, self._taken = space, objectives, taken
         self._asked: dict[str, Any] = {}

@@ -121,6 +121,7 @@ def _identify(base: ChainConfig) -> Callable[[dict[str, Any]], str]:
         config = trial_config(base, values)
         # Not the data: a search of other images has another output directory, and the same images may move.
         sections = config.model_dump(mode="json", include={"model", "augment", "training", "seed"})
+        del sections["training"]["checkpoint"]
         return fingerprint({**sections, "workers": base.search.num_workers})
 
     return identify
