@@ -378,7 +378,7 @@ class TrainingConfig(Section):
             raise ValueError(f"schedule.warmup_epochs={warmup} leaves nothing of epochs={self.epochs}")
         if self.eps_warmup_epochs > self.epochs > 1:
             raise ValueError(
-                f"eps_warmup_epochs={self.eps_warmup_epochs} is above epochs={self.epochs}: the attack never has the full "
-                "eps; lower it"
+                f"eps_warmup_epochs={self.eps_warmup_epochs} is above epochs={self.epochs}: the attack never has its "
+                "full eps; lower it"
             )
         return self
