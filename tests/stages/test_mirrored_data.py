@@ -22,6 +22,7 @@ from pipeline.training import Context, train
 pytestmark = pytest.mark.filterwarnings("ignore::pipeline.data.errors.FfcvMissingWarning")
 SMALL = [
     "training.epochs=1",
+    "training.batch_size=32",
     "training.method.attack.steps=1",
     "model.options.width=4",
     "data.loader=memory",
