@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.cluster.capacity import current_capacity, uses_gpu, worker_bundle
+from pipeline.cluster.capacity import connected, current_capacity, uses_gpu, worker_bundle
 from pipeline.cluster.orphans import freeing_orphans
 from pipeline.cluster.session import ensure_ray
 from pipeline.cluster.signals import raised_as_such
@@ -55,11 +55,12 @@ def run_tasks(
 
 
 def reserved_device() -> torch.device:
-    """The GPU that this task or trial has reserved, or the CPU: one that has none may see those of the others."""
+    """The GPU that this task or trial has reserved, or the CPU: one that has none may see those of the others. Outside
+    of Ray, whichever there is."""
     import ray
 
-    reserved = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-    return torch.device("cuda", 0) if reserved and torch.cuda.is_available() else torch.device("cpu")
+    mine = not connected() or ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return torch.device("cuda", 0) if mine and torch.cuda.is_available() else torch.device("cpu")
 
 
 def num_task_slots(scaling: ScalingConfig) -> int:

@@ -109,6 +109,7 @@ def test_a_task_without_a_gpu_of_its_own_leaves_those_of_others_alone(
     reserved: list[str], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr(
         "ray.get_runtime_context", lambda: SimpleNamespace(get_accelerator_ids=lambda: {"GPU": reserved})
     )
