@@ -137,7 +137,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     candidate, control = Evaluation.load(arguments.candidate), Evaluation.load(arguments.control)
     clean, paired = (paired_gain(arguments.candidate, arguments.control, what) for what in ("clean", "union"))
     verdict = promotion_verdict(candidate, control, candidate.audit, paired=paired)
-    for name, gain in (("clean", clean), ("union", paired if verdict.gain else None)):
+    for name, gain in (("clean", clean), ("union", paired)):
         if gain:
             print(f"{name}: candidate minus control {gain}")
     print(verdict.statement)

@@ -78,7 +78,8 @@ def paired_gain(candidate: Path, control: Path, what: str = "union") -> Differen
     """Paired difference of the robust accuracies (`what`: of the clean ones) in two evaluation directories.
 
     Returns:
-        None where they are not over the same images, or the arrays of one are not there.
+        None where they are not over the same images, the arrays of one are not there, or robust accuracies are under
+        another threat or other attacks.
 
     Raises:
         ValueError: the arrays of one are altered.
@@ -86,6 +87,9 @@ def paired_gain(candidate: Path, control: Path, what: str = "union") -> Differen
     directories = (candidate, control)
     records = [Evaluation.load(directory) for directory in directories]
     same = records[0].data_digest == records[1].data_digest and records[0].n == records[1].n
+    if what == "union":
+        one, other = ((record.config.threat, record.config.attacks) for record in records)
+        same = same and one == other
     if not same or not all((directory / ARRAYS).is_file() for directory in directories):
         return None
     a, b = (record.arrays(directory) for record, directory in zip(records, directories, strict=True))
