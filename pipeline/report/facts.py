@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.evaluation.records import ClassResult
-from pipeline.evaluation.stats import Accuracy, Difference, difference, mcnemar
+from pipeline.evaluation.stats import CONFIDENCE, Accuracy, Difference, difference, mcnemar
 from pipeline.report.cells import CELLS
 from pipeline.report.inputs import ModelCard, ReportInputs
 from sparta_models import ACTIVATIONS
@@ -66,8 +66,11 @@ def _row(inputs: ReportInputs, card: ModelCard) -> Row:
 
 
 def verdict(gain: Difference) -> str:
-    """What a difference allows to say, at 95 % confidence."""
-    return "higher" if gain.low > 0 else "lower" if gain.high < 0 else "no clear difference"
+    """What a difference allows to say, at 95 % confidence: by its interval and, where paired, by the exact test."""
+    chance = gain.p_value is not None and gain.p_value > 1 - CONFIDENCE
+    if chance or gain.low <= 0 <= gain.high:
+        return "no clear difference"
+    return "higher" if gain.value > 0 else "lower"
 
 
 def compare(card: ModelCard, control: ModelCard, what: str) -> Difference:

@@ -21,6 +21,11 @@ def test_a_difference_counts_when_its_interval_leaves_out_zero(low: float, high:
     assert facts.verdict(Difference(value=(low + high) / 2, low=low, high=high)) == expected
 
 
+@pytest.mark.parametrize(("p", "expected"), [(0.065, "no clear difference"), (0.04, "higher"), (None, "higher")])
+def test_what_the_exact_test_calls_chance_is_no_difference(p: float | None, expected: str):
+    assert facts.verdict(Difference(value=0.03, low=0.001, high=0.06, p_value=p)) == expected
+
+
 def test_models_are_compared_to_the_control_of_their_target(inputs: ReportInputs):
     rows = {row.card.label: row for row in facts.rows(inputs)}
     assert rows["source-control"].gain is None
