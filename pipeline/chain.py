@@ -126,8 +126,12 @@ class Chain:
             "upstream": {key: self.done[key].record.output_digest for key in node.needs},
         }
         if node.reads_records:
-            inputs["records"] = {key: self.done[key].record.fingerprint for key in node.needs}
+            inputs["records"] = self._upstream(node)
         return inputs
+
+    def _upstream(self, node: Node[Any]) -> dict[str, str]:
+        """The fingerprints of what it needs, by their keys."""
+        return {key: self.done[key].record.fingerprint for key in node.needs}
 
     def _why_new(self, node: Node[Any], inputs: Mapping[str, Any]) -> str:
         current = self.output / node.stage / node.branch / _CURRENT
@@ -219,8 +223,8 @@ class Chain:
         assert inputs is not None
         self._prepare_directory(decision, directory)
         needed = {key: self.done[key] for key in node.needs}
-        upstream = {key: finished.record.fingerprint for key, finished in needed.items()}
-        with services.stage_run(node.key, artifacts.fingerprint(inputs), dict(node.sections), upstream) as run:
+        fingerprint = artifacts.fingerprint(inputs)
+        with services.stage_run(node.key, fingerprint, dict(node.sections), self._upstream(node)) as run:
             yield StageContext(node.key, node.task, directory, needed, run, services)
 
     def _settle(self, decision: Decision, context: StageContext[Any], result: StageResult | Exception) -> None:

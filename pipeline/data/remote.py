@@ -14,12 +14,12 @@ from pipeline.data.errors import DataError
 from pipeline.data.sidecar import (
     RECORD_NAME,
     Sidecar,
-    cache_root,
     check_file,
     json_text,
     read_sidecar,
     sidecar_path,
 )
+from sparta_models.kernels import cache_root
 
 if TYPE_CHECKING:
     from pipeline.data.prepared import PreparedData, SplitInfo

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pipeline.artifacts import sha256_of, write_atomic
 from pipeline.config.base import Section, one_line
 from pipeline.data.errors import DataError
+from sparta_models.kernels import cache_root
 
 FORMAT_VERSION = 1
 RECORD_NAME = "prepared.json"
@@ -124,15 +125,6 @@ def sampled_digest(path: Path, num_blocks: int = _NUM_BLOCKS) -> str:
 def _offsets(size: int, num_blocks: int) -> Iterator[int]:
     last = max(0, size - _BLOCK)
     return (last * n // (num_blocks - 1) for n in range(num_blocks))
-
-
-def cache_root() -> Path:
-    """Where this machine keeps what it has verified or fetched: SPARTA_CACHE, else `sparta` in the user's cache folder.
-
-    The same folder as that of the compiled kernels, for which `sparta_models.kernels` has the same rule.
-    """
-    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparta"
-    return Path(os.environ.get("SPARTA_CACHE") or own).expanduser()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -65,7 +65,7 @@ def _state() -> tuple[ModuleType | None, str]:
 
 
 def cache_root() -> Path:
-    """Return the folder that libraries are kept in, which need not be there yet."""
+    """Where this machine keeps what can be made again: SPARTA_CACHE, else `sparta` in the user's cache folder."""
     own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparta"
     return Path(os.environ.get("SPARTA_CACHE") or own).expanduser()
 

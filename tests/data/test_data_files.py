@@ -12,7 +12,15 @@ from data_sets import edit_sidecar, needs_ffcv, vouch_for, write_npz
 from pipeline.artifacts import sha256_of
 from pipeline.config.data import DataConfig
 from pipeline.data import DataError, FfcvMissingWarning, PreparedData, open_split, prepare
-from pipeline.data.sidecar import _BLOCK, _NUM_BLOCKS, _offsets, cache_root, check_file, read_sidecar, sidecar_path
+from pipeline.data.sidecar import (
+    _BLOCK,
+    _NUM_BLOCKS,
+    _offsets,
+    cache_root,
+    check_file,
+    read_sidecar,
+    sidecar_path,
+)
 from sparta_models import kernels
 
 
