@@ -19,6 +19,7 @@ from sparta_models.sites import (
     Site,
     SiteInfo,
     activation_spec,
+    filled_networks,
     install,
     like,
     named_sites,
@@ -86,9 +87,10 @@ class ActivationBank:
         return cls.load(PRETRAINED / name)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, Mapping) or not all(isinstance(v, str) for v in self.source.values()):
-            raise ValueError(f"expected source to be a mapping of names to texts, got {self.source!r}")
-        object.__setattr__(self, "source", dict(self.source))  # what becomes of the caller's own is none of the bank's
+        given = self.source
+        if not isinstance(given, Mapping) or not all(isinstance(text, str) for pair in given.items() for text in pair):
+            raise ValueError(f"expected source to be a mapping of names to texts, got {given!r}")
+        object.__setattr__(self, "source", dict(given))  # what becomes of the caller's own is none of the bank's
 
     def __repr__(self) -> str:
         """Say what it is; the tensors would fill the screen."""
@@ -124,11 +126,17 @@ class ActivationBank:
             adapt: rule for a site of another width than its source's, see `sparta_models.transfer.ADAPT`.
 
         Raises:
-            ValueError: for a network without sites, and for a width mismatch without a rule, naming both widths.
+            ValueError: for a network without sites, several networks in one, a network on the meta device, and for a
+            width mismatch without a rule, naming both widths.
         """
         if not isinstance(freeze, bool):
             raise ValueError(f"expected freeze to be True or False, got {freeze!r}; a rule for other widths is adapt=")
         target, root = sites(model), unwrap(model)
+        networks = len(filled_networks(root))
+        if networks > 1:
+            raise ValueError(f"expected one network, got {networks} in one; apply the bank to each of them")
+        if any(parameter.is_meta for parameter in root.parameters()):
+            raise ValueError("expected a network with values, got one on the meta device; give it some first: to_empty")
         plan = match(target, list(self.sites))
         by_site = {id(site): info for info, (_, site) in zip(target, named_sites(model), strict=True)}
 
@@ -166,9 +174,7 @@ class ActivationBank:
         """
         tensors, meta = read_bank(Path(directory))
         try:
-            # As it was saved: options that a later version has besides are no part of the digest.
-            options = dict(meta["activation"])
-            spec = ActivationSpec(options.pop("name"), options.pop("sharing", "site"), options)
+            spec = ActivationSpec.saved(meta["activation"])
             infos = tuple(SiteInfo(**info) for info in meta["sites"])
             bank = cls(spec, _entries(spec, infos, tensors), infos, meta["architecture"], meta["source"])
             digest = bank.digest

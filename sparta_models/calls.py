@@ -47,10 +47,9 @@ _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
 _QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_"}
 _SQUASHES = {torch.tanh, torch.sigmoid, F.tanh, F.sigmoid, "tanh", "tanh_", "sigmoid", "sigmoid_"}
-_AUGMENTED = {operator.iadd, operator.imul, operator.itruediv}
 _ELEMENTWISE = _SUMS | _PRODUCTS | _QUOTIENTS | _SQUASHES | _CLAMPS
-_PERMUTATIONS = {torch.permute, "permute"}
-_TRANSPOSITIONS = {torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"}
+_PERMUTATION_METHODS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}
+_PERMUTATIONS = _PERMUTATION_METHODS | {getattr(torch, name) for name in _PERMUTATION_METHODS}
 _PARTS = {torch.split, torch.chunk, torch.tensor_split, "split", "chunk", "tensor_split", operator.getitem}
 _CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 _KEEP_AXES = _ELEMENTWISE | _PARTS | _CONCATENATIONS | {F.pad}
@@ -95,9 +94,10 @@ class Call:
                 kind = KINDS.get(target) or _clip_kind(node)
         if kind is None:
             return None
-        inplace = inplace or was.endswith("_")
+        inplace = inplace or was.endswith("_") or "out" in node.kwargs
         call = cls(node, kind, was, inside, inplace and inside is None, only is None or kind in only)
-        if _is_gate(node, call.source, kind):
+        elsewhere = node.kwargs.get("out", call.source) is not call.source
+        if elsewhere or _is_gate(node, call.source, kind):
             call.chosen = False
         return call
 
@@ -119,7 +119,7 @@ class Call:
     def to_map(self) -> tuple[int, ...]:
         """Axes of the input as a map has them: (0, 1, 2, 3), or (0, 3, 1, 2) behind the linear layers of a ConvNeXt.
         Found once, before the graph is changed."""
-        channels = channel_axis(self.source)
+        channels = self.source.meta["channels"]
         return (0, channels, *(axis for axis in (1, 2, 3) if axis != channels))
 
     @property
@@ -133,9 +133,14 @@ class Call:
         return self.chosen and is_map(self.shape)
 
 
-def channel_axis(node: fx.Node) -> int:
-    """Axis of a node's value (4 axes) along which its channels lie: 3 behind a linear layer or a layer norm, another
-    one behind a permutation, and 1 wherever nothing else is known."""
+def note_channel_axes(graph: fx.Graph) -> None:
+    """Note, for each node, the axis of its value (4 axes) along which its channels lie: 3 behind a linear layer or a
+    layer norm, another one behind a permutation, and 1 wherever nothing else is known."""
+    for node in graph.nodes:  # inputs come first
+        node.meta["channels"] = _channel_axis(node)
+
+
+def _channel_axis(node: fx.Node) -> int:
     if _is_linear(node):
         return 3
     # What split returns has no shape.
@@ -143,7 +148,7 @@ def channel_axis(node: fx.Node) -> int:
     order = _permutation(node)
     if not inputs or not (order or _calls(node, _KEEP_AXES) or inputs[0].meta["shape"] == node.meta["shape"]):
         return 1
-    axis = channel_axis(inputs[0])
+    axis: int = inputs[0].meta["channels"]
     # The batch stays in front: a permutation that moves it makes no map.
     return (order.index(axis) or 1) if order else axis
 
@@ -156,19 +161,11 @@ def _is_linear(node: fx.Node) -> bool:
 
 def _permutation(node: fx.Node) -> list[int] | None:
     """Where a permutation of four axes takes each output axis from; None for any other node."""
-    dims: list[Any] = [*node.args[1:], *node.kwargs.values()]
-    if len(dims) == 1 and isinstance(dims[0], list | tuple):
-        dims = [*dims[0]]
-    if not all(isinstance(dim, int) for dim in dims):
+    if not _calls(node, _PERMUTATIONS) or len(node.meta["shape"]) != 4 or len(node.all_input_nodes) != 1:
         return None
-    numbers = [dim % 4 for dim in dims]
-    if _calls(node, _PERMUTATIONS) and sorted(numbers) == [0, 1, 2, 3]:
-        return numbers
-    if _calls(node, _TRANSPOSITIONS) and len(numbers) == 2:
-        order, (one, other) = [0, 1, 2, 3], numbers
-        order[one], order[other] = other, one
-        return order
-    return None
+    options = {name: value for name, value in node.kwargs.items() if name != "input"}
+    marked = torch.empty(10, 11, 12, 13, device="meta")
+    return [size - 10 for size in getattr(marked, _name(node))(*node.args[1:], **options).shape]
 
 
 def is_map(shape: Sequence[int]) -> bool:
@@ -201,11 +198,13 @@ def _module_kind(module: nn.Module) -> str | None:
 
 
 def _writes(module: nn.Module) -> bool:
-    """Whether an activation changes its input in place. What its author wrote out is asked, not its option."""
+    """Whether an activation changes its input in place. What its author wrote out is tried, not asked."""
     if not is_written_out(module):
         return bool(getattr(module, "inplace", False))
-    own = [node for node in fx.symbolic_trace(module).graph.nodes if node.op in ("call_function", "call_method")]
-    return any(node.kwargs.get("inplace") or _name(node).endswith("_") or node.target in _AUGMENTED for node in own)
+    x = torch.ones(1, 1, 2, 2)
+    before = x._version
+    module(x)
+    return x._version != before
 
 
 def _name(node: fx.Node) -> str:

@@ -7,7 +7,10 @@ on the meta device tells channels and resolutions, which with the modules around
 
 import contextlib
 import copy
+import inspect
 import io
+import itertools
+import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +20,15 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from sparta_models.activations import Activation
-from sparta_models.calls import KINDS, Call, is_written_out
+from sparta_models.calls import KINDS, Call, is_written_out, note_channel_axes
 from sparta_models.models.common import Normalize
 from sparta_models.places import places
-from sparta_models.sites import ActivationSpec, Site, install, unwrap
+from sparta_models.sites import ActivationSpec, Site, bare, install
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Converted(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, super().__reduce__()
 
+    def __copy__(self) -> "Converted":
+        return _twin(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Converted":
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, Converted)
@@ -60,7 +69,11 @@ _REMEMBERED = {"replacements", "_activation_spec", "_architecture"}
 
 def _restored(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> Converted:
     """Of the plain GraphModule that fx restores, the converted network that it was."""
-    plain = make(*arguments)
+    return _twin(make(*arguments))
+
+
+def _twin(plain: fx.GraphModule) -> Converted:
+    """A converted network of a GraphModule's modules, graph and memory."""
     network = Converted(plain, plain.graph, type(plain).__name__)
     for name in _REMEMBERED & set(plain.__dict__):
         object.__setattr__(network, name, plain.__dict__[name])
@@ -69,6 +82,8 @@ def _restored(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -
     return network
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def convert(
     model: nn.Module,
     activation: str | Mapping[str, Any] | ActivationSpec = "sparta",
@@ -88,16 +103,17 @@ def convert(
     its mode (DropPath) is not looked into.
 
     Args:
-        model: the network, x (B, C, H, W) -> anything; what wraps it (DistributedDataParallel, torch.compile's) is left
-            behind.
+        model: the network, x (B, C, H, W) -> anything; its forward's other arguments have their defaults in the copy.
+            What torch wraps around it (DistributedDataParallel, AveragedModel, torch.compile's) is left behind.
         activation: a name in `ACTIVATIONS`, or a mapping as in `build_model`.
         input_shape: (C, H, W) of an image; it decides the resolutions and so the stages.
         only: kinds to replace, values of `KINDS`, or one of them; None for all.
 
     Raises:
-        ValueError: for a network that torch.fx can't trace, one whose graph depends on the training mode, one that
-            switches gradients or autocast in its forward, one with lazy parameters, one that refuses the input shape,
-            one without activations to replace, one that has sites already, or an unknown kind or activation.
+        ValueError: for a network that cannot be copied or that torch.fx can't trace, one whose graph depends on the
+            training mode, one that in its forward switches gradients or autocast, draws random numbers or changes a
+            buffer in a way that a graph cannot hold, one with lazy parameters, one that refuses the input shape, one
+            without activations to replace, one that has sites already, or an unknown kind or activation.
     """
     if any(isinstance(module, Site) for module in model.modules()):
         raise ValueError(
@@ -108,10 +124,11 @@ def convert(
     unknown = sorted(set(only or ()) - set(KINDS.values()))
     if unknown:
         raise ValueError(f"unknown kinds {unknown}; known: {', '.join(sorted(set(KINDS.values())))}")
-    network = unwrap(model)
-    graph_module = _trace(copy.deepcopy(network))
+    network = bare(model)
+    graph_module = _trace(_bare_copy(network))
     _keep_buffers(graph_module, set(network.state_dict()))
     _propagate(graph_module, input_shape)
+    note_channel_axes(graph_module.graph)
     calls = [call for node in graph_module.graph.nodes if (call := Call.of(graph_module, node, only))]
     if not any(call.replaced for call in calls):
         raise ValueError("expected a CNN with activations on (B, C, H, W) maps, got none to replace")
@@ -125,6 +142,29 @@ def convert(
     return graph_module
 
 
+_OWN_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
+"""Hooks by which torch.nn.utils makes a module's weight: part of the network."""
+
+
+def _bare_copy(network: nn.Module) -> nn.Module:
+    """Copy a network without the hooks that a user put there: they would run in the trace, and again in the copy."""
+    try:
+        bare = copy.deepcopy(network)
+    except Exception as error:
+        raise ValueError(
+            f"expected a network that can be copied, got {type(network).__name__}: {error}; of weight_norm, "
+            "spectral_norm and pruning take those of torch.nn.utils.parametrizations, or make the weights permanent"
+        ) from error
+    for module in bare.modules():
+        module._forward_hooks.clear()
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if not isinstance(hook, _OWN_HOOKS):
+                del module._forward_pre_hooks[key]
+    return bare
+
+
 class _Tracer(fx.Tracer):
     """Goes into every module but torch's own, those of this library, and those whose training mode a graph would freeze
     (DropPath)."""
@@ -132,7 +172,26 @@ class _Tracer(fx.Tracer):
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace, and refuse what a graph has no place for."""
         self._modes = _autograd_modes()
-        return super().trace(*args, **kwargs)
+        root: nn.Module = args[0]
+        drawn, held = _random_state(), _buffers(root)
+        graph = super().trace(*args, **kwargs)
+        if _buffers(root) != held:
+            raise ValueError(
+                "its forward puts another value in a buffer's place, or one that does not depend on its input, which a "
+                "graph cannot hold; change buffers by their methods (self.mean.lerp_(now, 0.1)), leave counters out"
+            )
+        if _random_state() != drawn:
+            raise ValueError(
+                "its forward draws random numbers that do not depend on its input, which a graph would keep; use "
+                "torch.randn_like(x) and the like, or a module of torch.nn such as nn.Dropout"
+            )
+        return graph
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Give forward its first argument alone; fx would give the others, whose defaults then never hold."""
+        _, first = list(inspect.signature(root_fn).parameters.values())[:2]
+        name = "x" if first.kind is first.VAR_POSITIONAL else first.name
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Note a call; fx would forget the `with torch.no_grad()` around it."""
@@ -158,6 +217,15 @@ class _Tracer(fx.Tracer):
 def _autograd_modes() -> tuple[bool, ...]:
     devices = ("cpu", "cuda")
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, devices)
+
+
+def _random_state() -> tuple[Any, ...]:
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+
+
+def _buffers(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Each buffer's name, object, and number of changes."""
+    return [(name, id(buffer), buffer._version) for name, buffer in model.named_buffers()]
 
 
 def _trace(model: nn.Module) -> Converted:
@@ -193,7 +261,7 @@ def _propagate(graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) 
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     try:
         # What it prints of an error is in the one that is raised.
-        with torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
+        with torch.no_grad(), torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
             ShapeProp(twin).propagate(torch.empty(2, *input_shape, dtype=dtype))
     except Exception as error:
         cause = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
@@ -211,27 +279,42 @@ def _replace(graph_module: fx.GraphModule, calls: list[Call]) -> list[Replacemen
     shapes = [call.shape for call in calls]
     replaced = [call.replaced for call in calls]
     where = iter(places([call for call, yes in zip(calls, replaced, strict=True) if yes]))
-    taken = {str(call.node.target) for call, yes in zip(calls, replaced, strict=True) if not yes}
+    names = _names(graph_module, calls, replaced)
     replacements = []
-    for call, shape, yes in zip(calls, shapes, replaced, strict=True):
-        name = _free_name(call, taken) if yes else None
+    for call, shape, name in zip(calls, shapes, names, strict=True):
         if name is not None:
-            graph_module.add_submodule(name, Site(shape[1], **next(where)._asdict()))
+            place = next(where)
+            # A leaf that is called again has its site already.
+            if call.inside is None or not isinstance(graph_module.get_submodule(name), Site):
+                graph_module.add_submodule(name, Site(shape[1], **place._asdict()))
             if call.inside is None:
                 _rewire(graph_module.graph, call, name)
         replacements.append(Replacement(call.kind, call.was, shape, name))
     return replacements
 
 
-def _free_name(call: Call, taken: set[str]) -> str:
-    """Name the site as the module that it replaces, with a number where that one is called again."""
-    base = call.inside or (str(call.node.target) if call.node.op == "call_module" else f"sites.{call.node.name}")
-    name, count = base, 1
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    taken.add(name)
-    return name
+def _names(graph_module: fx.GraphModule, calls: list[Call], replaced: list[bool]) -> list[str | None]:
+    """A name for the site of each call, None where the call is kept: that of the module which it replaces, with a
+    number where that one is called again; no other module, parameter or buffer has it."""
+    own = [
+        call.inside or (str(call.node.target) if call.node.op == "call_module" else None) if yes else None
+        for call, yes in zip(calls, replaced, strict=True)
+    ]
+    kept = {str(call.node.target) for call, yes in zip(calls, replaced, strict=True) if not yes}
+    held = (graph_module.named_modules(), graph_module.named_parameters(), graph_module.named_buffers())
+    taken = {name for named in held for name, _ in named} - {name for name in own if name} | kept
+    functions = _free("sites", taken)
+    names: list[str | None] = []
+    for call, base, yes in zip(calls, own, replaced, strict=True):
+        free = yes and not call.inside
+        names.append(_free(base or f"{functions}.{call.node.name}", taken) if free else base)
+        taken.add(str(names[-1]))
+    return names
+
+
+def _free(base: str, taken: Collection[str]) -> str:
+    """The name, or the first of name_2, name_3, ... that is not taken."""
+    return next(name for n in itertools.count(1) if (name := base if n == 1 else f"{base}_{n}") not in taken)
 
 
 def _rewire(graph: fx.Graph, call: Call, name: str) -> None:

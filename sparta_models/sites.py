@@ -11,11 +11,13 @@ it without registering it again, so that state_dict holds every tensor once and 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from sparta_models.activations import ACTIVATIONS, Activation, build_activation
 
@@ -118,11 +120,20 @@ class ActivationSpec:
             return activation
         if not isinstance(activation, str | Mapping):
             raise ValueError(f'expected the name of an activation or a mapping with "name", got {activation!r}')
-        options = {"name": activation} if isinstance(activation, str) else dict(activation)
+        spec = cls.saved({"name": activation} if isinstance(activation, str) else activation)
+        return replace(spec, options=_defaults(spec.name) | dict(spec.options))
+
+    @classmethod
+    def saved(cls, mapping: Mapping[str, Any]) -> "ActivationSpec":
+        """Read a mapping as it was saved: an option that came later is no part of a digest.
+
+        Raises:
+            ValueError: as `parse`.
+        """
+        options = dict(mapping)
         if "name" not in options:
             raise ValueError(f'expected a name or a mapping with "name", got keys {sorted(options)}')
-        name, sharing = options.pop("name"), options.pop("sharing", "site")
-        return cls(name, sharing, _defaults(name) | options)
+        return cls(options.pop("name"), options.pop("sharing", "site"), options)
 
     def build(self, num_channels: int) -> Activation:
         """Build one activation."""
@@ -166,6 +177,7 @@ def sites(model: nn.Module) -> list[SiteInfo]:
     return infos
 
 
+@torch.inference_mode(False)
 def install(
     model: nn.Module,
     activation: str | Mapping[str, Any] | ActivationSpec,
@@ -227,14 +239,27 @@ def like(root: nn.Module, activation: Activation) -> Activation:
     return activation.train(root.training)
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the network inside what torch wraps around one; a user's own wrapper may compute something and stays."""
+    while isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel) or set(model._modules) == {
+        "_orig_mod"  # torch.compile's, whose class is slow to import
+    }:
+        model = next(model.children())
+    return model
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the network inside wrappers such as DistributedDataParallel, AveragedModel, torch.compile's, or one of a
     user's own around a network of build_model or convert (a Sequential with a normalisation in front)."""
-    while set(model._modules) in ({"module"}, {"_orig_mod"}):
-        model = next(model.children())
-    filled = [module for module in model.modules() if _SPEC in module.__dict__]
+    model = bare(model)
+    filled = filled_networks(model)
     alone = len(filled) == 1 and _count_sites(filled[0]) == _count_sites(model)
     return filled[0] if alone else model
+
+
+def filled_networks(model: nn.Module) -> list[nn.Module]:
+    """The networks in a model, maybe itself, that `install` has filled, each by itself."""
+    return [module for module in model.modules() if _SPEC in module.__dict__]
 
 
 def _count_sites(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.artifacts import sha256_of
 from pipeline.config.base import Section, one_line
 from pipeline.training.files import DamagedFilesError, read_directory, write_directory
-from sparta_models import Activation, build_model
+from sparta_models import Activation, ActivationSpec, build_model
 
 FORMAT = 1
 _WEIGHTS, _RECORD = "model", "model.json"
@@ -37,7 +37,8 @@ class ModelMeta(Section):
         """The network with fresh weights, its activations not yet frozen."""
         return build_model(
             self.name,
-            activation=self.activation,
+            # A frozen one has its bank's digest, whatever options came later.
+            activation=ActivationSpec.saved(self.activation) if self.frozen else self.activation,
             num_classes=self.num_classes,
             in_channels=self.in_channels,
             mean=self.mean,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from sparta_models import ActivationBank, activations, build_model, frozen_parameters, sites
+from sparta_models import ActivationBank, activations, build_model, frozen_parameters, install, sites
 from sparta_models.files import _seal
 from sparta_models.sites import SiteInfo
 from sparta_models.transfer import match
@@ -573,12 +573,15 @@ def test_a_network_inside_a_users_own_is_the_one_that_is_filled(sharing):
     assert [name for name in inner.state_dict() if "shared" in name] == []
 
 
-def test_of_two_networks_in_one_a_bank_fills_both_as_one():
+def test_two_networks_in_one_are_filled_as_one_by_install_and_one_by_one_by_a_bank():
     first, second = (trained(activation={"name": "sparta", "sharing": "stage"}, seed=seed) for seed in (0, 1))
     both = nn.ModuleList([first, second])
     with pytest.raises(ValueError, match="got 14 sites that were not filled as one network's"):
         ActivationBank.from_model(both)
-    ActivationBank.from_model(trained(activation="frelu")).apply_to(both)
+    bank = ActivationBank.from_model(trained(activation="frelu"))
+    with pytest.raises(ValueError, match="expected one network, got 2 in one; apply the bank to each of them"):
+        bank.apply_to(both)
+    install(both, "frelu")
     assert ActivationBank.from_model(both).spec.name == "frelu"
     assert not any("shared_activations" in name for name in both.state_dict())
     with pytest.raises(ValueError, match="got 7 sites that were not filled as one network's"):
@@ -591,7 +594,7 @@ def test_a_rule_in_the_place_of_freeze_is_refused():
         bank.apply_to(trained(), "mean")
 
 
-@pytest.mark.parametrize("source", ["CIFAR", {"path": pytest}, [("a", "b")]], ids=str)
+@pytest.mark.parametrize("source", ["CIFAR", {"path": pytest}, {1: "a"}, [("a", "b")]], ids=str)
 def test_a_source_that_cannot_be_saved_is_refused_at_once(source):
     with pytest.raises(ValueError, match="expected source to be a mapping of names to texts"):
         ActivationBank.from_model(trained(), source=source)

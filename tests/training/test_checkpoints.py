@@ -13,12 +13,12 @@ from pipeline.training.ema import EMA
 from pipeline.training.files import DamagedFilesError
 from pipeline.training.optim import build_optimizer
 from pipeline.training.progress import Progress
-from sparta_models import ActivationBank, build_model
+from sparta_models import ActivationBank, ActivationSpec, build_model
 
 META = ModelMeta(
     name="resnet8",
     options={"width": 4},
-    activation={"name": "sparta", "sharing": "stage"},
+    activation=ActivationSpec.parse({"name": "sparta", "sharing": "stage"}).mapping(),
     num_classes=5,
     in_channels=1,
     mean=(0.3,),
@@ -192,3 +192,13 @@ def test_nothing_is_pickled(tmp_path):
     Checkpoints(tmp_path / "c", "job").save(gather(*state(0)), Progress())
     save_model(tmp_path / "m", build_model("resnet8", in_channels=1, num_classes=5, width=4), META)
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".safetensors", ".json"}
+
+
+def test_a_frozen_network_comes_back_with_the_options_that_its_bank_was_saved_with(tmp_path):
+    older = {"name": "sparta", "sharing": "site", "variant": "depthwise"}  # of before its other options were there
+    meta = META.model_copy(update={"activation": older, "frozen": True})
+    model = meta.build()
+    bank = ActivationBank.from_model(model)
+    save_model(tmp_path / "model", model, meta)
+    assert ActivationBank.from_model(load_model(tmp_path / "model")).digest == bank.digest
+    assert bank.spec.mapping() == older
