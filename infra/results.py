@@ -118,7 +118,7 @@ def sweep(folder: Path = SWEEP) -> list[str]:
     return [
         "### A sweep",
         "",
-        f"{len(trials)} trials of {epochs} epochs over {', '.join(settings['search']['space'])}, "
+        f"{len(trials)} trials of {epochs} epochs over {', '.join(names)}, "
         f"judged on validation images; search `{record.fingerprint[:12]}`.",
         "",
         *grid(("setting", "value", "trials", "mean clean %", "mean robust %"), means),

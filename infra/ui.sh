@@ -26,5 +26,6 @@ esac
 echo "MLflow UI  http://$host:$port/?workflowType=machine_learning   (Ctrl-C ends it)"
 find "$root" -maxdepth 2 '(' -name report.html -o -name study.html ')' -printf 'report     file://%p\n'
 export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false
-exec .venv/bin/mlflow server --backend-store-uri "sqlite:///$root/mlflow.db" --artifacts-destination "$root/mlartifacts" \
+store=${root//%/%25}
+exec .venv/bin/mlflow server --backend-store-uri "sqlite:///${store//\?/%3F}/mlflow.db" --artifacts-destination "$root/mlartifacts" \
   --host "$host" --port "$port" --workers 1

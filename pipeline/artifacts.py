@@ -7,6 +7,7 @@
 Paths, hosts and times enter neither, so the same work has the same names everywhere; it lies below `runs_root`.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,9 +21,13 @@ from pydantic import ValidationError, field_validator
 
 from pipeline.config.base import Section
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a disk or a quota that has no room left."""
 RECORD = "artifact.json"
 STARTED = "started.json"
 """Marks a node that began, with its inputs."""
+FAILED = "failed.txt"
+"""Says why a node failed when it last ran."""
 JOURNAL = "metrics.jsonl"
 """What a training tells while it runs, in its directory."""
 MODEL = "model"
@@ -159,6 +164,9 @@ def damaged_outputs(directory: Path, record: StageRecord) -> Iterator[tuple[str,
             yield name, f"output {name} was altered"
 
 
+_USERS_FILES = "the files that data.path names"
+
+
 def changed_inputs(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted names of what differs between two sets of inputs, each with both values: "training.epochs 8 -> 10"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -167,7 +175,10 @@ def changed_inputs(old: Any, new: Any, prefix: str = "") -> list[str]:
             changed_inputs(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name) for name in names
         )
         return [change for changes in nested for change in changes]
-    return [] if old == new else [f"{prefix} {_short(old)} -> {_short(new)}"]
+    if old == new:
+        return []
+    # A stamp of what the user's files hold says nothing to a reader.
+    return [_USERS_FILES] if prefix.endswith("data.source") else [f"{prefix} {_short(old)} -> {_short(new)}"]
 
 
 def _short(value: Any) -> str:

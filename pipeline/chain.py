@@ -8,10 +8,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -106,14 +107,14 @@ class Chain:
         if (directory / artifacts.RECORD).exists():
             return Action.RUN, f"{artifacts.RECORD} is unreadable"
         if (directory / artifacts.STARTED).exists():
-            return Action.RESUME, "was interrupted"
+            return Action.RESUME, _how_it_ended(directory)
         return Action.RUN, self._why_new(node, inputs)
 
     def plan(self, nodes: Iterable[Node[Any]]) -> list[Decision]:
         """The decision for every node, without running or writing anything."""
         decisions = []
         for node in nodes:
-            decision = self.decide(node)
+            decision = self._restricted(self.decide(node))
             decisions.append(decision)
             self._note_done(decision)
         return decisions
@@ -143,6 +144,8 @@ class Chain:
         return f"changed: {shown}" + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
     def _note_done(self, decision: Decision) -> None:
+        if decision.action is Action.BLOCKED:
+            self.failed[decision.node.key] = decision.reason
         if decision.action is Action.SKIP and decision.directory is not None and decision.record is not None:
             self.done[decision.node.key] = Finished(decision.directory, decision.record)
 
@@ -180,12 +183,10 @@ class Chain:
                 if decision.action in (Action.RUN, Action.RESUME) and decision.directory is None:
                     break  # needs a node of this very batch
                 self._say(decision.line())
-                if decision.action is Action.BLOCKED:
-                    self.failed[decision.node.key] = decision.reason
-                elif decision.action is Action.SKIP:
-                    self._note_done(decision)
+                self._note_done(decision)
+                if decision.action is Action.SKIP:
                     _mark_current(self.done[decision.node.key].directory)
-                else:
+                elif decision.action is not Action.BLOCKED:
                     batch.append(decision)
                 position += 1
             self._run(batch, services)
@@ -213,8 +214,9 @@ class Chain:
                 self._settle(decision, context, result)
                 end.close()  # a signal that comes now is none of its business
                 seconds = time.monotonic() - started
-                if decision.node.key in self.done:
-                    self._say(f"{decision.node.key:<34} done       after {seconds:.1f} s")
+                if decision.node.key in self.done and isinstance(result, StageResult):
+                    said = f": {result.said}" if result.said else ""
+                    self._say(f"{decision.node.key:<34} done       after {seconds:.1f} s{said}")
 
     @contextmanager
     def _context(self, decision: Decision, services: Services) -> Iterator[StageContext[Any]]:
@@ -242,6 +244,8 @@ class Chain:
             context.run.fail()
             self.failed[node.key] = redact(f"{type(result).__name__}: {result}")
             self.errors[node.key] = result
+            with suppress(OSError):  # the disk may be full
+                artifacts.write_atomic(directory / artifacts.FAILED, self.failed[node.key])
             details = context.services.log_failure(node.key, result)
             self._say(f"{node.key:<34} FAILED     {self.failed[node.key]} (traceback: {details})")
 
@@ -252,8 +256,17 @@ class Chain:
             # A stage goes on from what it finds, and has no digests of all of its files: what is damaged is not there.
             for name, _ in artifacts.damaged_outputs(directory, decision.record):
                 (directory / name).unlink(missing_ok=True)
-        (directory / artifacts.RECORD).unlink(missing_ok=True)
+        for name in (artifacts.RECORD, artifacts.FAILED):
+            (directory / name).unlink(missing_ok=True)
         artifacts.write_atomic(directory / artifacts.STARTED, artifacts.canonical(decision.inputs) + "\n")
+
+
+def _how_it_ended(directory: Path) -> str:
+    """Of a node that was started and is not done."""
+    failed = directory / artifacts.FAILED
+    if not failed.is_file():
+        return "was interrupted"
+    return f"failed the last time: {shorten(failed.read_text(encoding='utf-8'), 100, placeholder=' ...')}"
 
 
 def _mark_current(directory: Path) -> None:

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from pipeline.artifacts import runs_root
 from pipeline.config.base import mistake, one_line
-from pipeline.config.tracking import TrackingConfig, redact
+from pipeline.config.tracking import DATABASE, TrackingConfig, database_uri, redact
 from pipeline.tracking.registry import Registry
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user are one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(Registry(_tracking(options), options.root), options)
+        registry = Registry(_tracking(options), options.root)
+        _require_database(registry, options)
+        options.run(registry, options)
     except ValueError as error:
         print(f"error: {redact(one_line(error))}", file=sys.stderr)
         return 2
@@ -49,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _require_database(registry: Registry, options: argparse.Namespace) -> None:
+    """MLflow would make an empty one where a folder is misspelt; only `push` may begin one."""
+    database = options.root.absolute() / DATABASE
+    if options.run is not _push and registry.uri == database_uri(options.root) and not database.is_file():
+        raise ValueError(f"expected the registry's database {database}, got none; --root names the folder of the runs")
 
 
 def _tracking(options: argparse.Namespace) -> TrackingConfig:
@@ -98,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(registry: Registry, options: argparse.Namespace) -> None:
-    for found in registry.versions():
+    versions = registry.versions()
+    if not versions:
+        print(f"no versions of {registry.config.registry_model} so far")
+    for found in versions:
         aliases = ", ".join(found.aliases) or "-"
         print(f"{found.reference:<28} {aliases:<22} sha256:{found.digest[:12]}  {found.description}")
 
@@ -127,10 +139,17 @@ def _push(registry: Registry, options: argparse.Namespace) -> None:
         raise RefusedError(f"expected another alias than {CHAMPION}: push a candidate, then `promote` it with evidence")
     bank = ActivationBank.load(options.directory)
     tags = dict(_pair(text) for text in options.tag)
+    known = registry.versions()
+    before = next((version.reference for version in known if options.alias in version.aliases), None)
     found = registry.register(
         options.directory, tags={**bank_tags(bank), **tags}, description=options.description, alias=options.alias
     )
+    twins = [version.reference for version in known if version.digest == found.digest]
     print(f"{found.reference} @{options.alias} sha256:{found.digest}")
+    if before:
+        print(f"@{options.alias} was {before}")
+    if twins:
+        print(f"the same files as {', '.join(twins)}")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -34,6 +34,9 @@ from pipeline.stages.summary import closing_lines
 DONE, STAGE_FAILED, BAD_CONFIG, CLUSTER_TOO_SMALL, INTERRUPTED, NOBODY_READS, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
 
+_COMES_BY = {"search": "; search.enabled=true adds it", "transfer": "; a target in `transfer` adds it"}
+
+
 class Terminated(BaseException):
     """SIGTERM arrived; a BaseException, so that no stage takes it for a failure of its own."""
 
@@ -74,10 +77,11 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
     stages = STAGES[first : last + 1]
     planning = Chain(root / config.name, force=options.force, only=stages)
     planned = _plan(planning, config, STAGES[: last + 1], dry=options.dry_run)
+    _require_stages(planned, options)
     asked = config
     if options.dry_run:
         _tell(planned, config, planning)
-        return DONE
+        return STAGE_FAILED if planning.failed else DONE
     chain = Chain(root / config.name, force=options.force, only=stages)
     with Services(config, root) as services:
         if ahead := _trainings_ahead(planned):
@@ -95,6 +99,14 @@ def _run(config: ChainConfig, options: argparse.Namespace) -> int:
             services.chain_run.fail()
     print(closing_lines(config, chain.output, chain.done, chain.failed))
     return _exit_code(chain)
+
+
+def _require_stages(planned: Sequence[Decision], options: argparse.Namespace) -> None:
+    """Refuse to do nothing: a stage that is named has to be one of this chain."""
+    present = {step.node.stage for step in planned}
+    if missing := [stage for stage in (*filter(None, [options.only]), *options.force) if stage not in present]:
+        ordered, more = ", ".join(stage for stage in STAGES if stage in present), _COMES_BY.get(missing[0], "")
+        raise ConfigError(f"expected a stage of this chain ({ordered}), got {missing[0]}{more}")
 
 
 def _publish(chain: Chain) -> None:
@@ -116,7 +128,7 @@ def _found(chain: Chain, config: ChainConfig) -> Chain:
 
 def _trainings_ahead(planned: Sequence[Decision]) -> set[str]:
     """The stages that will ask the cluster for workers."""
-    return {step.node.stage for step in planned if step.node.trains and step.action is not Action.SKIP}
+    return {step.node.stage for step in planned if step.node.trains and step.action in (Action.RUN, Action.RESUME)}
 
 
 def _plan(chain: Chain, config: ChainConfig, stages: Sequence[str], *, dry: bool) -> list[Decision]:
@@ -130,7 +142,10 @@ def _tell(planned: Sequence[Decision], config: ChainConfig, chain: Chain) -> Non
     from pipeline.plan import estimate, table
 
     print("\n".join(decision.line() for decision in planned))
-    ahead = {decision.node.key for decision in planned if decision.action is not Action.SKIP}
+    trained, judged = config.training.threat, config.evaluation.threat
+    if trained != judged:
+        print(f"trained against {trained.label}, judged under {judged.label}")
+    ahead = {decision.node.key for decision in planned if decision.action in (Action.RUN, Action.RESUME)}
     estimates, speed = estimate([decision.node for decision in planned], config, chain.done)
     if ahead:
         print("\n".join(table([e for e in estimates if e.key in ahead], speed)))
@@ -141,7 +156,7 @@ def _chosen(nodes: Iterable[Node[Any]], stages: Sequence[str]) -> list[Node[Any]
 
 
 def _exit_code(chain: Chain) -> int:
-    refused = [error for error in chain.errors.values() if isinstance(error, DataError)]
+    refused = [error for error in chain.errors.values() if isinstance(error, ConfigError | DataError)]
     for error in refused:
         _fail(error, BAD_CONFIG)
     return BAD_CONFIG if refused else STAGE_FAILED if chain.failed else DONE
@@ -168,8 +183,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.only and (options.start or options.until):
         parser.error("expected --only without --from and --until, got both: it names the one stage, they name a range")
-    if options.config is not None and "=" in options.config:
-        options.config, options.overrides = None, [options.config, *options.overrides]
     return options
 
 

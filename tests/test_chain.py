@@ -231,9 +231,14 @@ def test_failed_branch_blocks_what_needs_it_and_nothing_else(house: House) -> No
     assert house.ran == ["a", "d"]
     assert set(chain.failed) == {"b:x", "c:x"}
     assert "ValueError: b is broken" in chain.failed["b:x"]
+    assert house.plan()["b"] == (Action.RESUME, "failed the last time: ValueError: b is broken")
     house.broken = set()
     house.run()
     assert house.ran == ["b", "c"]
+    house.settings["b"] = 2
+    house.broken = {"b"}
+    house.run()
+    assert house.plan()["b"] == (Action.RESUME, "failed the last time: ValueError: b is broken")
 
 
 def test_interrupted_node_is_resumed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +272,19 @@ def test_stages_that_may_not_run_must_be_done(house: House) -> None:
     house.settings["b"] = 2
     house.run(only=["b", "c"])
     assert house.ran == ["b", "c"]
+
+
+def test_a_plan_blocks_what_the_run_would_block(house: House) -> None:
+    planned = house.plan(only=["b", "c"])
+    assert planned["a"] == (Action.BLOCKED, "not done (first run) and not chosen to run")
+    assert {stage: action for stage, (action, _) in planned.items()} == dict.fromkeys("abcd", Action.BLOCKED)
+    assert set(house.run(only=["b", "c"]).failed) == {"a:x", "b:x", "c:x", "d:x"}
+
+
+def test_a_stage_says_what_came_out(house: House) -> None:
+    house.runner = one_by_one(lambda context: house._stage(context)._replace(said=f"all of {context.task}"))
+    house.run()
+    assert house.lines[1].endswith(" s: all of a")
 
 
 def test_planning_writes_nothing(house: House) -> None:

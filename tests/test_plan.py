@@ -149,7 +149,7 @@ def test_hours_follow_from_the_images_per_second_of_the_source() -> None:
 def test_dry_run_prints_the_estimate_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--dry-run", "search.enabled=true"]) == 0
     printed = capsys.readouterr().out
-    assert "search: at most" in printed
+    assert "search: of trials like the training" in printed
     assert "set plan.images_per_second" in printed
     assert not (tmp_path / "runs").exists()
 

@@ -140,6 +140,26 @@ def test_later_stage_alone_fails_when_the_earlier_ones_are_not_done(capsys: pyte
     assert "not chosen to run" in capsys.readouterr().out
 
 
+def test_a_dry_run_says_what_the_run_would_not_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--only", "report", "--dry-run"]) == 1
+    printed = capsys.readouterr().out
+    assert "not chosen to run" in printed
+    assert "TFLOP" not in printed
+
+
+@pytest.mark.parametrize("option", ["--only", "--force"])
+def test_a_stage_that_the_chain_has_not_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([option, "search", "--dry-run"]) == 2
+    assert "got search; search.enabled=true adds it" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_of_two_threats(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["demo", "evaluation.threat.eps=0.3", "--dry-run"]) == 0
+    assert "trained against linf 0.15, judged under linf 0.3" in capsys.readouterr().out
+    assert run.main(["demo", "--dry-run"]) == 0
+    assert "judged under" not in capsys.readouterr().out
+
+
 def toy_node(stage: str, branch: str, *needs: str) -> Node[str]:
     """Writes its branch's name, unless that is "broken"."""
 
@@ -247,7 +267,7 @@ def test_nothing_is_trained_without_the_activation_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert run.main(["bank.registered=sparta-activation/9", "--until", "transfer"]) == 1
+    assert run.main(["bank.registered=sparta-activation/9", "--until", "transfer"]) == 2
     printed = capsys.readouterr().out
     assert "is not in the registry; known: nothing yet" in printed
     assert "\n1 not done:\n  freeze:bank: " in printed

@@ -77,6 +77,8 @@ class Choice:
     options: tuple[Value, ...]
 
     def __init__(self, *options: Value) -> None:
+        if strangers := [option for option in options if not isinstance(option, Value)]:
+            raise ValueError(f"a choice expected numbers, texts, true, false or null, got {strangers[0]!r}")
         if len(options) < 2 or len(set(map(repr, options))) < len(options):
             raise ValueError(f"a choice expected at least two different options, got {list(options)}")
         object.__setattr__(self, "options", options)

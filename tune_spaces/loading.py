@@ -133,7 +133,7 @@ def _parse(entry: Any, where: str) -> Rule:
     (name,) = names
     try:
         distribution = kinds[name](*entry[name])
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{where}: {name} cannot be made of {entry[name]}: {error}") from error
     rule = _relative(distribution, entry["relative_to"], where) if "relative_to" in entry else distribution
     return _conditional(rule, entry["when"], where) if "when" in entry else rule
@@ -156,7 +156,8 @@ def _conditional(distribution: Distribution | Relative, when: Any, where: str) -
 
 
 def _number(value: Any) -> float:
-    return float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+    # A Fraction of "1e99999999" would have all of its digits.
+    return float(Fraction(value.replace(" ", ""))) if isinstance(value, str) and "/" in value else float(value)
 
 
 def _checked(space: Any, path: Path) -> Space:

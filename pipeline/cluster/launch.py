@@ -144,7 +144,7 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
                 deaths += 1
                 continue
             # No workers, or no cluster any more: the next attempt would end the same way.
-            error, settled = failure, len(pending)
+            error, settled = _in_our_words(failure, scaling), len(pending)
         unsettled = [job for job in pending if load_outcome(job.output, work.run) is None]
         asked = [job for job in unsettled if stop_requested(job.output)]
         for job in asked:
@@ -161,6 +161,16 @@ def _is_death(failure: Exception) -> bool:
     from ray.train import ControllerError
 
     return isinstance(failure.controller_failure if isinstance(failure, ControllerError) else failure, RayActorError)
+
+
+def _in_our_words(failure: Exception, scaling: ScalingConfig) -> Exception:
+    """Ray advises a variable of its environment, which `scaling` sets."""
+    if "WORKER_GROUP_START_TIMEOUT" not in str(failure):
+        return failure
+    return TimeoutError(
+        f"the cluster had no room for {scaling.num_workers} workers within {scaling.start_timeout:g} s, "
+        f"{scaling.start_attempts} times; the same command goes on when others are done, or raise scaling.start_timeout"
+    )
 
 
 def _may_go_on(jobs: Sequence[Job]) -> bool:

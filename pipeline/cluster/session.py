@@ -32,7 +32,7 @@ def ensure_ray(scaling: ScalingConfig) -> Iterator[None]:
     submitted job, names a cluster to join. Otherwise a Ray of its own is started on this machine, bound to it, and
     stopped at the end.
 
-    Raises ConnectionError when the named cluster does not answer.
+    Raises ConnectionError when the named cluster does not answer, or a Ray of its own does not start.
     """
     if connected():
         yield
@@ -136,14 +136,21 @@ def _start(scaling: ScalingConfig) -> None:
     # Nobody takes this machine away with notice, so nobody needs to watch for it.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     _authenticate()
-    ray.init(
-        address="local",
-        num_cpus=scaling.num_cpus,
-        object_store_memory=scaling.object_store_mb * 1_000_000,
-        include_dashboard=False,
-        logging_level="WARNING",
-        log_to_driver=False,  # people are shown the journals' entries instead, in order and by name
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=scaling.num_cpus,
+            object_store_memory=scaling.object_store_mb * 1_000_000,
+            include_dashboard=False,
+            logging_level="WARNING",
+            log_to_driver=False,  # people are shown the journals' entries instead, in order and by name
+        )
+    except Exception as error:  # Ray raises the base class where its node is not up within 30 s
+        ray.shutdown()
+        raise ConnectionError(
+            f"expected a Ray of its own to start on this machine, got {one_line(error)}; "
+            "where the machine is busy or short of memory, the same command goes on later"
+        ) from error
 
 
 def _authenticate() -> None:

@@ -3,7 +3,7 @@
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 _MISTAKES = 5
@@ -34,6 +34,8 @@ def mistake(detail: ErrorDetails) -> str:
         return message
     if detail["type"] == "missing":
         return "expected a value, got none"
+    if detail["type"] in ("model_attributes_type", "model_type"):  # pydantic's words for it name a class, or objects
+        return f"expected a section, such as {{key: value}}, got {detail['input']!r}"
     message = f"{message[0].lower()}{message[1:]}"
     if detail["type"] == "json_invalid":  # what came is a whole file
         return message
@@ -85,3 +87,19 @@ class ThreatModel(Section):
         """The same norm at `multiple` times the radius (at most 1 for linf)."""
         eps = multiple * self.eps
         return ThreatModel(norm=self.norm, eps=min(eps, 1.0) if self.norm == "linf" else eps)
+
+
+_LARGEST_L2 = 50.0
+
+
+def _plausible(threat: ThreatModel) -> ThreatModel:
+    """A user who means 128/255 may write 128, which l2 would take."""
+    if threat.norm == "l2" and threat.eps > _LARGEST_L2:
+        raise ValueError(
+            f'expected an l2 radius of at most {_LARGEST_L2:g}, got {threat.eps:g}: pixels are in [0, 1], as "128/255"'
+        )
+    return threat
+
+
+ChosenThreat = Annotated[ThreatModel, AfterValidator(_plausible)]
+"""A threat model that a user chose."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from pipeline.config.base import Eps, Section, ThreatModel
+from pipeline.config.base import ChosenThreat, Eps, Section, ThreatModel
 
 Loss = Literal["ce", "margin", "dlr"]
 
@@ -203,14 +203,14 @@ class AuditConfig(Section):
 class EvaluationConfig(Section):
     """The attack suite and the audit."""
 
-    threat: ThreatModel = ThreatModel()
+    threat: ChosenThreat = ThreatModel()
     """The adversary that the headline numbers are about."""
     attacks: Annotated[
         tuple[AnyAttack, ...], BeforeValidator(_named_suite), AfterValidator(_distinct), Field(min_length=1)
     ] = _QUICK
     """Attacks in their order, as a list or as the name of a suite: quick, standard or full. Only images that are still
     classified correctly go on to the next attack."""
-    other_threats: Annotated[tuple[ThreatModel, ...], AfterValidator(_distinct_threats)] = ()
+    other_threats: Annotated[tuple[ChosenThreat, ...], AfterValidator(_distinct_threats)] = ()
     """More adversaries (say, l2 beside linf), each judged by PGD on cross-entropy and on the margin."""
     curve: CurveConfig = CurveConfig()
     """Robust accuracy against eps."""

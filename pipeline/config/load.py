@@ -1,7 +1,8 @@
 """From the command line to a checked ChainConfig: preset or file, `key.path=value` overrides, one readable error."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from tune_spaces.loading import yaml_loader
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "demo"
+_KIND = ".kind"
 
 
 class ConfigError(ValueError):
@@ -24,10 +26,18 @@ class ConfigError(ValueError):
 def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> ChainConfig:
     """Read a preset by name or a YAML file by path, and lay `key.path=value` overrides over it.
 
+    Without a source the embedded demo is meant, also where an override stands in its place. A chain whose file gives no
+    `name` is called as the file.
+
     Raises:
         ConfigError: on a missing or malformed file, an unknown key, or a value out of range.
     """
-    return validate(apply_overrides(read(source or DEFAULT_PRESET), overrides))
+    if source is not None and "=" in source and not Path(source).is_file():
+        overrides = [source, *overrides]
+        source = None
+    content = read(source or DEFAULT_PRESET)
+    slug = re.sub(r"[^a-z0-9._-]+", "-", Path(source).stem.lower())[:48] if source else ""
+    return validate(apply_overrides({**({"name": slug} if slug[:1].isalnum() else {}), **content}, overrides))
 
 
 def preset_names() -> list[str]:
@@ -49,19 +59,40 @@ def read(source: str) -> dict[str, Any]:
         )
     content = _parse(text, str(path))
     if not isinstance(content, dict):
-        raise ConfigError(f"expected a mapping of sections in {path}, got {type(content).__name__}")
+        got = "an empty file" if content is None else type(content).__name__
+        raise ConfigError(f"expected a mapping of sections in {path}, got {got}")
     return content
 
 
 def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Set dotted keys ("training.epochs=3", "transfer.0.name=x"); values are read as YAML."""
+    """Set dotted keys ("training.epochs=3", "transfer.0.name=x"); values are read as YAML.
+
+    Another `kind` of a section keeps of it what the new kind has too.
+    """
     result = dict(content)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"expected key.path=value, got {override!r}")
-        result = _set(result, key.split("."), _parse(text, f"the value of {override!r}"), key)
+        value = _parse(text, f"the value of {override!r}")
+        result = _set(result, key.split("."), value, key)
+        if key.endswith(_KIND):
+            *section, _ = key.split(".")
+            fits = _sections_at(ChainConfig, [*section, str(value)])[1]
+            # What is asked for beside it stays, and is refused by its name where it does not fit.
+            asked = [other.partition("=")[0].split(".") for other in overrides]
+            names = {name for *above, name in (path[: len(section) + 1] for path in asked) if above == section}
+            result = _without_strangers(result, section, names.union(*(one.model_fields for one in fits)))
     return result
+
+
+def _without_strangers(container: Any, path: Sequence[str], known: Collection[str]) -> Any:
+    """`container` where the section at `path` holds known keys alone."""
+    if not path:
+        return {key: value for key, value in container.items() if key in known}
+    if isinstance(container, list | tuple):
+        return [_without_strangers(v, path[1:], known) if i == int(path[0]) else v for i, v in enumerate(container)]
+    return {**container, path[0]: _without_strangers(container[path[0]], path[1:], known)}
 
 
 def _parse(text: str, what: str) -> Any:
@@ -84,8 +115,8 @@ def validate(content: Mapping[str, Any]) -> ChainConfig:
     try:
         return ChainConfig.model_validate(content)
     except ValidationError as error:
-        mistakes = "; ".join(dict.fromkeys(_explain(detail) for detail in error.errors()))
-        raise ConfigError(" ".join(mistakes.split())) from error
+        mistakes = dict.fromkeys(" ".join(_explain(detail).split()) for detail in error.errors())
+        raise ConfigError("\n  ".join(mistakes)) from error
 
 
 def _set(container: Any, path: Sequence[str], value: Any, key: str) -> Any:
@@ -105,10 +136,13 @@ def _set(container: Any, path: Sequence[str], value: Any, key: str) -> Any:
 
 
 def _explain(detail: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in detail["loc"]) or "configuration"
     if detail["type"] == "extra_forbidden":
-        known = _fields_at(ChainConfig, detail["loc"][:-1])
-        return f"unknown key {where!r}{_close(str(detail['loc'][-1]), known)}; known here: {', '.join(known)}"
+        *above, last = detail["loc"]
+        names, candidates = _sections_at(ChainConfig, above)
+        known = sorted({name for candidate in candidates for name in candidate.model_fields})
+        where = ".".join([*names, str(last)])
+        return f"unknown key {where!r}{_close(str(last), known)}; known here: {', '.join(known)}"
+    where = ".".join(_sections_at(ChainConfig, detail["loc"])[0]) or "configuration"
     return f"{where}: {mistake(detail)}"
 
 
@@ -117,18 +151,23 @@ def _close(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def _fields_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """Field names of the section that an error location points to; tags of unions and indices are passed over."""
-    candidates: list[type[BaseModel]] = [section]
+def _sections_at(section: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The path of keys that an error location points to, without pydantic's names for the members of a union, and the
+    sections that may stand there."""
+    names, candidates, free = [], [section], False
     for part in loc:
         fields = [candidate.model_fields.get(str(part)) for candidate in candidates]
         annotations = [field.annotation for field in fields if field is not None]
         if annotations:
+            names.append(str(part))
             candidates = [found for annotation in annotations for found in _sections_in(annotation)]
-        elif isinstance(part, str):  # the tag of a discriminated union: keep the members that carry it
+            free = any("Mapping" in str(annotation) or "dict" in str(annotation) for annotation in annotations)
+        elif isinstance(part, int) or str(part).isdecimal() or (free and not candidates):
+            names.append(str(part))
+        elif candidates:  # the tag of a discriminated union: keep the members that carry it
             tagged = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == part]
             candidates = tagged or candidates
-    return sorted({name for candidate in candidates for name in candidate.model_fields})
+    return names, candidates
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipeline.config.base import Section, ThreatModel
+from pipeline.config.base import ChosenThreat, Section
 
 Objective = Literal["robust", "clean"]
 
@@ -26,7 +26,7 @@ class SearchConfig(Section):
     """none; asha stops weak trials early (arXiv 1810.05934); pbt lets weak ones copy strong ones (arXiv 1711.09846)."""
     objectives: tuple[Objective, ...] = ("robust",)
     """Accuracies to maximise, the first one chooses the best trial. ("robust", "clean") gives a Pareto front."""
-    threat: ThreatModel | None = None
+    threat: ChosenThreat | None = None
     """What every trial is validated against, whatever it trained against. None: evaluation.threat."""
     epochs: PositiveInt | None = None
     """Epochs of one trial. None: training.epochs."""

@@ -17,6 +17,8 @@ _LOGIN = re.compile(
 _SECRETS = "password|passwd|pwd|token|secret|signature|credential|api_?key|access_?key"
 _QUERY = re.compile(rf"([?&](?:sig|[^=&\s]{{0,80}}(?:{_SECRETS})[^=&\s]{{0,80}})=)[^&\s]*", re.IGNORECASE)
 
+DATABASE = "mlflow.db"
+
 
 class TrackingConfig(Section):
     """The MLflow mirror of the local files, and the registry of the activations."""
@@ -57,7 +59,13 @@ class TrackingConfig(Section):
 
     def resolved_uri(self, root: Path) -> str:
         """The uri in use: this section's, else MLFLOW_TRACKING_URI, else `root`/mlflow.db."""
-        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.absolute()}/mlflow.db"
+        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or database_uri(root)
+
+
+def database_uri(root: Path) -> str:
+    """Of the database that lies in a root where nothing else is named."""
+    path = str(root.absolute()).replace("%", "%25").replace("?", "%3F")  # else taken for parts of a URL
+    return f"sqlite:///{path}/{DATABASE}"
 
 
 def has_password(url: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.base import PixelStep, Section, ThreatModel
+from pipeline.config.base import ChosenThreat, PixelStep, Section, ThreatModel
 
 AttackLoss = Literal["ce", "margin", "dlr", "kl"]
 
@@ -229,7 +229,7 @@ class SelectionConfig(Section):
     """Accuracy to maximise; unset: robust, or clean for standard training."""
     attack: AttackConfig = AttackConfig(steps=10)
     """The fixed evaluation attack, at the threat's full eps."""
-    threat: ThreatModel | None = None
+    threat: ChosenThreat | None = None
     """What the evaluation attack may do; unset: training.threat. A search sets it, so that its trials compare."""
     every: int = Field(default=1, ge=1)
     """Validate every so many epochs (the last one always)."""
@@ -268,7 +268,7 @@ class TrainingConfig(Section):
     """Number of passes over the training split."""
     batch_size: int = Field(default=128, ge=1)
     """Images per step over all workers together."""
-    threat: ThreatModel = ThreatModel()
+    threat: ChosenThreat = ThreatModel()
     """Perturbations to withstand."""
     eps_warmup_epochs: float = Field(default=0.0, ge=0)
     """The training attack grows linearly from 0 to the full eps over these epochs."""

@@ -5,8 +5,10 @@ from pipeline.data.errors import DataError, FfcvMissingWarning
 from pipeline.data.loader import Loader
 from pipeline.data.prepared import PreparedData, SplitInfo, open_split
 from pipeline.data.remote import publish
+from pipeline.data.sources import BAD_IMAGES
 
 __all__ = [
+    "BAD_IMAGES",
     "DataError",
     "FfcvMissingWarning",
     "Loader",

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.artifacts import DISK_FULL
 from pipeline.data.errors import DataError
 from pipeline.data.write import TOO_SLOW, SplitWork
 
@@ -131,7 +132,7 @@ def _wait(child: "subprocess.Popen[bytes]", job: WriteJob, log: Path, handed: "F
 
 def _failure(message: str, log: Path) -> Exception:
     """What went wrong there; on a full disk the process may not even have left a message."""
-    if os.strerror(errno.ENOSPC) in message or shutil.disk_usage(log.parent).free < _NO_SPACE:
+    if any(os.strerror(number) in message for number in DISK_FULL) or shutil.disk_usage(log.parent).free < _NO_SPACE:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.parent.parent))
     return DataError(f"writing the splits failed: {message}")
 

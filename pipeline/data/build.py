@@ -1,6 +1,5 @@
 """Data set -> verified splits on disk, once."""
 
-import errno
 import json
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from pipeline.artifacts import DISK_FULL
 from pipeline.config.data import DataConfig
 from pipeline.data.apart import FfcvUnusableError, ffcv_installed, write_apart
 from pipeline.data.errors import DataError, FfcvMissingWarning
@@ -23,7 +23,7 @@ from pipeline.data.readers import open_reader
 from pipeline.data.remote import publish
 from pipeline.data.samples import Samples
 from pipeline.data.sidecar import RECORD_NAME, Sidecar, Storage, read_sidecar, sampled_digest, write_json
-from pipeline.data.sources import Source, open_source
+from pipeline.data.sources import BAD_IMAGES, Source, open_source
 from pipeline.data.splits import Selection, select
 from pipeline.data.write import SplitRecipe, SplitWork, write_split
 
@@ -144,8 +144,10 @@ def _build(config: DataConfig, directory: Path, seed: int, request: str) -> None
         for split in sidecars:
             for name in (f"{split}{suffix}", f"{split}{suffix}.json"):
                 (Path(place) / name).replace(directory / name)
-        report = directory / "bad_images.txt"
-        report.write_text("".join(f"{line}\n" for line in source.bad_images))
+        report = directory / BAD_IMAGES
+        report.write_text(
+            "".join(f"{line}\n" for line in source.bad_images), encoding="utf-8", errors="backslashreplace"
+        )
         # Last, so that a folder with this record is complete.
         write_json(directory / RECORD_NAME, record.model_dump(mode="json"))
 
@@ -193,7 +195,7 @@ def _write(work: list[SplitWork], place: Path, timeout: float) -> None:
         try:
             write_split(item, terminal=sys.stderr if sys.stderr.isatty() else None, deadline=deadline)
         except OSError as error:
-            if error.errno == errno.ENOSPC:  # not the data's fault
+            if error.errno in DISK_FULL:  # not the data's fault
                 raise
             raise DataError(f"writing {item.path.name} failed: {error}") from error
 

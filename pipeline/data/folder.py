@@ -84,6 +84,11 @@ def _class_names(train: Path) -> list[str]:
             f"{train}: expected one subfolder of images per class (CLASS/FILE, or train/CLASS/FILE), "
             f"got {', '.join(names) or 'none'}"
         )
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{train}: expected class folders with names in UTF-8, got {name!r}; rename it") from None
     return names
 
 
@@ -96,7 +101,13 @@ def _files(folder: Path, names: list[str]) -> tuple[list[Path], npt.NDArray[np.i
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
+        entries = list((folder / name).rglob("*"))
+        found = sorted(p for p in entries if p.suffix.lower() in _SUFFIXES)
+        others = (p for p in entries if p.suffix.lower() not in _SUFFIXES)
+        if linked := next((p for p in others if p.is_symlink() and p.is_dir()), None):
+            raise DataError(
+                f"{linked}: expected a folder, got a link to one, which is not followed; put the images there"
+            )
         paths += found
         labels += [label] * len(found)
     if not paths:

@@ -75,7 +75,13 @@ def read_sidecar(path: Path) -> Sidecar:
     place = sidecar_path(path)
     try:
         raw = json.loads(place.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_file():
+            raise DataError(f"{path}: expected a split file of prepared data, got no file") from None
+        if not (path.parent / RECORD_NAME).is_file():  # a file of the user's own, not to be deleted
+            raise DataError(
+                f"{path}: expected a file that the prepare stage wrote, got one without {place.name}"
+            ) from None
         raise DataError(f"{path}: its sidecar {place.name} is missing, so it cannot be checked; {_REBUILD}") from None
     except ValueError as error:
         raise DataError(f"{place}: expected a JSON sidecar, got something else ({error}); {_REBUILD}") from error

@@ -10,6 +10,9 @@ import numpy.typing as npt
 from pipeline.config.data import DataConfig
 from pipeline.data.errors import DataError
 
+BAD_IMAGES = "bad_images.txt"
+"""Names the files that were left out, beside the prepared data."""
+
 
 class ImageSequence(Protocol):
     """Images by position: uint8 arrays (H, W) or (H, W, C), or PIL images. Picklable, for the writer process."""

@@ -1,6 +1,7 @@
 """Command line: judge a model, compare two evaluations, re-judge saved adversarial images, test the audit itself."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipeline.config.base import one_line
 from pipeline.config.evaluation import SUITES, EvaluationConfig
 from pipeline.evaluation.audit.confusion import confusion_table
 from pipeline.evaluation.blocks import load_arrays
-from pipeline.evaluation.judged_model import evaluating, predict
+from pipeline.evaluation.judged_model import evaluating, num_logits, predict
 from pipeline.evaluation.promotion import paired_gain, promotion_verdict
 from pipeline.evaluation.records import Evaluation
 from pipeline.evaluation.sources import FORMS, open_data, open_model
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
@@ -43,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(judge)
     judge.set_defaults(run=_judge)
     compare = commands.add_parser("compare", help="two evaluations on the same examples, and the promotion gate")
-    compare.add_argument("candidate", type=Path, help="directory of an evaluation")
-    compare.add_argument("control", type=Path, help="directory of the control's evaluation")
+    compare.add_argument("candidate", type=Path, help="an evaluation: its directory, or evaluation.json")
+    compare.add_argument("control", type=Path, help="the control's evaluation")
     compare.set_defaults(run=_compare)
     confusion = commands.add_parser("confusion", help="the audit against planted defences and honest models")
     confusion.add_argument("--num-examples", type=int, default=128, help="test images per model")
@@ -84,6 +85,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pipeline.evaluation").setLevel(logging.INFO)  # what is done so far, on stderr
     config = EvaluationConfig.model_validate(
         {
             "threat": {"norm": arguments.norm, "eps": arguments.eps},
@@ -121,6 +124,8 @@ def _named_model(text: str, device: str) -> tuple[str, nn.Module]:
 
 
 def _judge(arguments: argparse.Namespace) -> None:
+    if not arguments.file.is_file():
+        raise ValueError(f"expected an .npz with x_adv and y, got {arguments.file}, which is no file")
     arrays = load_arrays(arguments.file)
     if arrays is None or not {"x_adv", "y"} <= arrays.keys():
         raise ValueError(f"expected an .npz with x_adv (N, C, H, W) and y (N,), got {arguments.file}")
@@ -128,19 +133,23 @@ def _judge(arguments: argparse.Namespace) -> None:
         arguments.model, network=arguments.network, registry_root=arguments.registry_root, device=arguments.device
     )
     x_adv, y = torch.from_numpy(arrays["x_adv"]).float(), torch.from_numpy(arrays["y"]).long()
+    if (num := num_logits(model, x_adv[:1].to(arguments.device))) <= int(y.max()):
+        raise ValueError(f"expected a model of at least {int(y.max()) + 1} classes, as the labels ask for, got {num}")
     with evaluating(model):
         predicted = torch.cat([predict(model, part.to(arguments.device)).cpu() for part in torch.split(x_adv, 256)])
     print(f"accuracy on {arguments.file}: {Accuracy.of(int((predicted == y).sum()), len(y))}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    candidate, control = Evaluation.load(arguments.candidate), Evaluation.load(arguments.control)
-    clean, paired = (paired_gain(arguments.candidate, arguments.control, what) for what in ("clean", "union"))
+    ours, theirs = (path.parent if path.is_file() else path for path in (arguments.candidate, arguments.control))
+    candidate, control = Evaluation.load(ours), Evaluation.load(theirs)
+    clean, paired = (paired_gain(ours, theirs, what) for what in ("clean", "union"))
     verdict = promotion_verdict(candidate, control, candidate.audit, paired=paired)
     for name, gain in (("clean", clean), ("union", paired)):
         if gain:
             print(f"{name}: candidate minus control {gain}")
-    print(verdict.statement)
+    if verdict.gain:
+        print(verdict.statement)
     if verdict.allowed:
         print("promotion: allowed, if the control is a ReLU network of the candidate's architecture")
     else:

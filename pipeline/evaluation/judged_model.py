@@ -87,6 +87,20 @@ def attackable(model: nn.Module, x: Tensor) -> nn.Module:
     return _Connected(model)
 
 
+def num_logits(model: nn.Module, x: Tensor) -> int:
+    """How many classes a model tells apart, by its answer to x (1, C, H, W).
+
+    Raises:
+        ValueError: the answer is no tensor of logits (1, classes).
+    """
+    with evaluating(model), torch.no_grad():
+        answer = model(x)
+    if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(x):
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"expected logits of shape ({len(x)}, classes) for {len(x)} image, got {got}")
+    return answer.shape[1]
+
+
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Predicted class (B,) of x (B, C, H, W)."""
     with torch.no_grad():

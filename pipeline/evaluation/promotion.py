@@ -7,7 +7,7 @@ from pipeline.config.evaluation import FULL_AUDIT_EXAMPLES
 from pipeline.evaluation.records import ARRAYS, AuditReport, Evaluation
 from pipeline.evaluation.stats import Difference, difference, mcnemar
 from pipeline.training.files import read_directory
-from pipeline.training.model_io import ModelMeta, load_model
+from pipeline.training.model_io import ModelMeta, load_model, model_directory
 from sparta_models import ACTIVATIONS, Activation
 
 
@@ -64,7 +64,8 @@ def control_reasons(candidate: Path, control: Path) -> list[str]:
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no activation"
         reasons.append(f"expected ReLU at every site of the control, got {found}")
     ours, theirs = (
-        ModelMeta.model_validate(read_directory(path, record="model.json")[1]) for path in (candidate, control)
+        ModelMeta.model_validate(read_directory(model_directory(path), record="model.json")[1])
+        for path in (candidate, control)
     )
     if (ours.name, ours.options) != (theirs.name, theirs.options):
         reasons.append(

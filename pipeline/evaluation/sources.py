@@ -6,15 +6,17 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from pipeline.artifacts import MODEL, runs_root
-from pipeline.config.data import DataConfig
+from pipeline.artifacts import runs_root
+from pipeline.config.base import one_line
+from pipeline.config.data import DataConfig, DatasetName
 from pipeline.config.tracking import TrackingConfig
 from pipeline.data import PreparedData, prepare
+from pipeline.data.sidecar import RECORD_NAME
 from pipeline.evaluation.judged_model import CODE
 from pipeline.tracking.registry import Registry
 from pipeline.training.model_io import load_model
@@ -41,8 +43,9 @@ def open_model(
     Raises:
         ValueError: nothing of that form is there, or what is there does not fit.
     """
+    _require_device(device)
     if Path(source).is_dir():
-        return _from_directory(Path(source), device)
+        return load_model(source, device)
     if ":" in source:
         return _from_function(source).eval().to(device)
     if _REFERENCE.fullmatch(source):
@@ -57,16 +60,28 @@ def open_data(source: str, directory: Path, *, seed: int) -> PreparedData:
         ValueError: it is none of these, or cannot be prepared.
     """
     path = Path(source)
+    if path.is_dir() and not (path / RECORD_NAME).is_file():
+        raise ValueError(
+            f"expected prepared data in {path}, got no {RECORD_NAME} there; a folder of images is prepared by "
+            f"python -m pipeline.run data.dataset=folder data.path={path} --until prepare"
+        )
     if path.is_dir():
         return PreparedData.load(path)
     if path.suffix == ".npz":
         return prepare(DataConfig.model_validate({"dataset": "npz", "path": source}), directory, seed=seed)
+    named = [name for name in get_args(DatasetName) if name not in ("npz", "folder")]
+    if source not in named:
+        raise ValueError(
+            f"expected a directory of prepared data, an .npz file, or one of {', '.join(named)}, got {source!r}"
+        )
     return prepare(DataConfig.model_validate({"dataset": source}), directory, seed=seed)
 
 
-def _from_directory(directory: Path, device: torch.device | str) -> nn.Module:
-    inner = directory / MODEL
-    return load_model(inner if inner.is_dir() else directory, device)
+def _require_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, no driver, no CUDA in this torch
+        raise ValueError(f"expected a device that is here, got {device}: {one_line(error)}") from error
 
 
 def _from_function(source: str) -> nn.Module:
@@ -100,7 +115,7 @@ def _registered(source: str, network: Path | None, root: Path, device: torch.dev
             f"expected --network DIRECTORY beside {source!r}: the registry holds an activation, and robustness is a "
             "property of the network that was trained with it"
         )
-    model = _from_directory(network, device)
+    model = load_model(network, device)
     require_activation(model, network, Registry(TrackingConfig(), root), source)
     return model
 

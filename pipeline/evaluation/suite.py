@@ -15,7 +15,7 @@ from pipeline.config.evaluation import EvaluationConfig, TransferAttack
 from pipeline.data import PreparedData, open_split
 from pipeline.evaluation.audit import audit
 from pipeline.evaluation.blocks import OTHER_ATTACKS, Arrays, Block, judge_block, load_arrays, pictured, save_arrays
-from pipeline.evaluation.judged_model import model_digest
+from pipeline.evaluation.judged_model import model_digest, num_logits
 from pipeline.evaluation.records import ARRAYS, AttackResult, ClassResult, CurvePoint, Evaluation
 from pipeline.evaluation.sample import Positions, sample
 from pipeline.evaluation.stats import Accuracy
@@ -52,8 +52,8 @@ def evaluate(
         The record, also written to `output`.
 
     Raises:
-        ValueError: a missing package; no attack that can be run; more than the test split asked for; a gradient that
-            is not a number.
+        ValueError: a model of other classes; a missing package; no attack that can be run; more than the test split
+            asked for; a gradient that is not a number.
     """
     evaluate_shard(model, prepared, config, output, seed=seed, reference=reference)
     result = merge(model, prepared, config, output, seed=seed, reference=reference)
@@ -97,6 +97,8 @@ def evaluate_shard(
     mine = range(shard, _num_blocks(prepared, config), num_shards)
     missing = [number for number in mine if load_arrays(_path(directory, number)) is None]
     for block in _blocks(prepared, config, missing, _device(model)):
+        if (num := num_logits(model, block.x[:1])) != prepared.num_classes:
+            raise ValueError(f"expected a model of the {prepared.num_classes} classes of {prepared.name}, got {num}")
         save_arrays(_path(directory, block.number), judge_block(model, block, config, seed=seed, reference=reference))
         _LOG.info("judged block %d (%d images)", block.number, len(block.y))
     return missing

@@ -15,8 +15,6 @@ from pipeline.plan.scale import Link, Machine, scale, table, training_of
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table."""
     options = _parser().parse_intermixed_args(arguments)
-    if options.config is not None and "=" in options.config:
-        options.config, options.overrides = None, [options.config, *options.overrides]
     try:
         config = load_config(options.config, options.overrides)
         training = training_of(config)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError
 from pipeline.plan.sizes import DataSize, expected_size
-from pipeline.plan.work import Network, network_of, step_passes
+from pipeline.plan.work import Network, network_of, step_passes, three_digits
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Scaled:
     steps: int
     """In an epoch."""
     compute: float
+    unfilled: float
+    """Computing of an epoch for the part of its last batch that no image fills."""
     all_reduce: float
     loader: float
     validation: float
@@ -106,6 +108,7 @@ class Scaled:
             "loader": self.steps * max(0.0, self.loader - self.compute - self.all_reduce),
             "validation": self.validation,
             "checkpoints": self.checkpoints,
+            "unfilled batch": self.unfilled,
         }
         return max(waits, key=lambda name: waits[name])
 
@@ -127,6 +130,7 @@ def scale(training: Training, machine: Machine, workers: int, batch_per_worker: 
         batch=workers * batch_per_worker,
         steps=steps,
         compute=compute,
+        unfilled=steps * compute - training.images / (workers * machine.images_per_second),
         all_reduce=reduce,
         loader=loader,
         validation=validation,
@@ -172,5 +176,5 @@ def table(rows: Sequence[Scaled]) -> list[str]:
         times = [1e3 * r.compute, 1e3 * r.all_reduce, 1e3 * r.loader, r.validation, r.checkpoints]
         shown = " | ".join(f"{value:,.1f}" for value in times)
         counts = f"{r.workers} | {r.batch} | {r.steps}"
-        lines.append(f"| {counts} | {shown} | {r.hours:,.1f} | {100 * r.efficiency:.0f} % | {r.bound} |")
+        lines.append(f"| {counts} | {shown} | {three_digits(r.hours)} | {100 * r.efficiency:.0f} % | {r.bound} |")
     return lines

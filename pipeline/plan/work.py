@@ -183,9 +183,11 @@ def _of_node(node: Node[Any], sizes: Mapping[str, DataSize | None], trained: Map
             note = "evaluations: at most, if no attack succeeded; without their audits"
             return Estimate(node.key, evaluation_flops(network, settings, data), note=note)
         case SearchTask(config=whole) if (data := sizes.get(node.task.data)) is not None:
-            trial = whole.training.model_copy(update={"epochs": whole.search.epochs or whole.training.epochs})
+            judged = whole.training.selection.model_copy(update={"every": 1})
+            epochs = whole.search.epochs or whole.training.epochs
+            trial = whole.training.model_copy(update={"epochs": epochs, "selection": judged})
             flops = whole.search.num_trials * training_flops(network_of(whole.model, data), trial, data)
-            return Estimate(node.key, flops, note="search: at most, if no trial is stopped early")
+            return Estimate(node.key, flops, note="search: of trials like the training, if none is stopped early")
     return Estimate(node.key)
 
 
@@ -226,11 +228,16 @@ def _speed(
 
 
 def _hours(e: Estimate, speed: float | None) -> str:
-    return "" if speed is None or e.flops is None else f"{e.flops / speed / 3600:.3g}"
+    return "" if speed is None or e.flops is None else three_digits(e.flops / speed / 3600)
 
 
 def _tera(flops: float | None) -> str:
-    return "" if flops is None else f"{flops / 1e12:,.3g}" if flops < 1e15 else f"{flops / 1e12:,.0f}"
+    return "" if flops is None else three_digits(flops / 1e12)
+
+
+def three_digits(value: float) -> str:
+    """With the digits that are known; never in powers of ten."""
+    return f"{value:.3g}" if value < 99.95 else f"{value:,.0f}"
 
 
 def _size_text(num_bytes: float | None) -> str:
@@ -238,6 +245,6 @@ def _size_text(num_bytes: float | None) -> str:
         return ""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
+            return f"{three_digits(num_bytes)} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
+    return f"{three_digits(num_bytes)} TB"

@@ -142,6 +142,9 @@ def _audit(inputs: ReportInputs) -> Iterable[dict[str, Value]]:
             yield {"model": card.label, **check.model_dump(exclude={"details"})}
 
 
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+
+
 def _write_csv(path: Path, lines: Sequence[Mapping[str, Value]]) -> None:
     fields = list(dict.fromkeys(name for line in lines for name in line))
     text = io.StringIO()
@@ -153,4 +156,4 @@ def _write_csv(path: Path, lines: Sequence[Mapping[str, Value]]) -> None:
 
 def cell(value: Value) -> Value:
     """A value for a CSV file; a name that begins like a formula is quoted, a spreadsheet would run it."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t" else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value

@@ -67,13 +67,14 @@ def check_fit(config: ChainConfig, bank: ActivationBank | None = None) -> None:
     with torch.random.fork_rng(devices=[]):  # weights that are drawn here must not move those of later draws
         if bank is None:
             bank = ActivationBank.from_model(built("model", config.model, spec))
-        for target in config.transfer:
+        for index, target in enumerate(config.transfer):
             name = f"transfer target {target.name}"
             network = built(name, target.model or config.model, "relu")
             try:
                 bank.apply_to(network, adapt=target.adapt)
             except ValueError as error:
-                raise ConfigError(f"{name}: {one_line(error)}") from error
+                where = f"; in the configuration, transfer.{index}.adapt" if "adapt=" in str(error) else ""
+                raise ConfigError(f"{name}: {one_line(error)}{where}") from error
 
 
 def built(

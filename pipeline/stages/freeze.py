@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import MODEL
@@ -18,7 +19,7 @@ from pipeline.tracking import bank_digest
 from pipeline.tracking.origin import git_commit
 from pipeline.training import TrainedModel, load_model
 from sparta_models import ActivationBank, Sparta
-from sparta_models.files import SCHEMA
+from sparta_models.files import META, SCHEMA, TENSORS
 
 BANK = "bank"
 ALIAS = "candidate"
@@ -95,10 +96,12 @@ def _content(bank: ActivationBank) -> dict[str, Any]:
 
 
 def _take_in(context: StageContext[BankTask]) -> StageResult:
-    config, directory = context.task.config, context.directory / BANK
+    config, directory = context.task.config, _empty(context)
     if config.registered is not None:
-        shutil.rmtree(directory, ignore_errors=True)  # of an earlier attempt, perhaps damaged since
-        context.services.registry.pull(config.registered, directory)
+        try:
+            context.services.registry.pull(config.registered, directory)
+        except ValueError as error:
+            raise ConfigError(f"bank.registered: {one_line(error)}") from error
         context.run.activation(config.registered)
         return _result(context, ActivationBank.load(directory), config.registered, alias=None)
     bank = _local(config)
@@ -108,6 +111,13 @@ def _take_in(context: StageContext[BankTask]) -> StageResult:
         )
     bank.save(directory)
     return _result(context, bank, _version(context, bank), alias=None)
+
+
+def _empty(context: StageContext[Any]) -> Path:
+    """The bank's directory, without what an earlier attempt left: a damaged file, or half of one."""
+    directory = context.directory / BANK
+    shutil.rmtree(directory, ignore_errors=True)
+    return directory
 
 
 def bank_tags(bank: ActivationBank) -> dict[str, str]:
@@ -132,7 +142,7 @@ def _result(
     context: StageContext[Any], bank: ActivationBank, reference: str | None, *, alias: str | None
 ) -> StageResult:
     frozen = FrozenBank(directory=BANK, digest=bank.digest, reference=reference, alias=alias)
-    files = sorted(f"{BANK}/{path.name}" for path in (context.directory / BANK).iterdir())
+    files = [f"{BANK}/{META}", f"{BANK}/{TENSORS}"]
     return StageResult(frozen.model_dump(mode="json"), files)
 
 
@@ -155,7 +165,7 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
         "seed": str(source.record.inputs["sections"]["seed"]),
     }
     bank = ActivationBank.from_model(model, source=facts)
-    directory = bank.save(context.directory / BANK)
+    directory = bank.save(_empty(context))
     ActivationBank.load(directory)  # what was written is what will be read
     tags = {
         **facts,

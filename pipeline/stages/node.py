@@ -20,6 +20,8 @@ class StageResult(NamedTuple):
     outputs: list[str]
     digest: str | None = None
     """Identity of the output where files that differ can mean the same; None: the digests of the files."""
+    said: str = ""
+    """What came out, in a few words for the terminal."""
 
 
 class Finished(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.chain import TransferTarget
 from pipeline.config.data import DataConfig
-from pipeline.data import PreparedData, identity, prepare, publish
+from pipeline.data import BAD_IMAGES, PreparedData, identity, prepare, publish
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 
 SOURCE_DATA = "prepare:source"
@@ -40,7 +40,11 @@ def _prepare(context: StageContext[PrepareTask]) -> StageResult:
     prepared = prepare(context.task.data, context.directory, seed=context.task.seed)
     context.run.dataset(prepared.name, prepared.digest, context="prepare")
     splits = [name for split in prepared.splits.values() for name in (split.file, f"{split.file}.json")]
-    return StageResult({"name": prepared.name}, [*splits, "prepared.json"], prepared.digest)
+    counts = ", ".join(f"{split.count:,} {name}" for name, split in prepared.splits.items())
+    said = f"{counts} images of {prepared.num_classes} classes"
+    if (left_out := context.directory / BAD_IMAGES).is_file():
+        said += f"; {len(left_out.read_text(encoding='utf-8').splitlines())} files left out ({left_out})"
+    return StageResult({"name": prepared.name}, [*splits, "prepared.json"], prepared.digest, said)
 
 
 run_prepare = one_by_one(_prepare)

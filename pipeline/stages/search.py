@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.artifacts import STARTED
 from pipeline.cluster.sweep import SearchResult, checked_space, search
+from pipeline.cluster.sweep.results import BEST, TABLE
 from pipeline.config.base import Section
 from pipeline.config.chain import ChainConfig
 from pipeline.report import Trial
@@ -49,7 +50,8 @@ def search_node(task: SearchTask) -> Node[SearchTask]:
     sections["threat"] = (config.search.threat or config.evaluation.threat).model_dump(mode="json")
     for how in ("enabled", "max_concurrent", "threat"):
         del sections["search"][how]
-    sections["search"]["space"] = {key: repr(rule) for key, rule in checked_space(config).items()}
+    # In order: a grid that is cut off tries the first points of it.
+    sections["search"]["space"] = [[key, repr(rule)] for key, rule in checked_space(config).items()]
     # 2: as version 2 of training.
     return Node("search", "best", task, sections, run_search, (task.data,), version=2, trains=True)
 
@@ -66,7 +68,21 @@ def _search(context: StageContext[SearchTask]) -> StageResult:
     for name in found.files:
         context.run.artifact(context.directory / name)
     payload = TunedConfig(overrides=found.overrides, trials=_trials(found))
-    return StageResult(payload.model_dump(mode="json"), found.files)
+    return StageResult(payload.model_dump(mode="json"), found.files, said=_said(found, context.directory))
+
+
+def _said(found: SearchResult, directory: Path) -> str:
+    best = found.best.best
+    assert best is not None, "the best trial has a result"
+    values = ", ".join(f"{key}={_shown(value)}" for key, value in found.best.values.items())
+    return (
+        f"trial {found.best.number + 1} of {len(found.trials)} is the best, {best.robust:.1%} robust and "
+        f"{best.clean:.1%} clean on validation images ({values}); {directory / BEST}, {directory / TABLE}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _take_over(directory: Path) -> None:

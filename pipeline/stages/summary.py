@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from pipeline.config.chain import ChainConfig
 from pipeline.evaluation.records import Evaluation
@@ -27,7 +28,8 @@ def closing_lines(config: ChainConfig, output: Path, done: Mapping[str, Finished
         robust = f"robust: per-example worst case over all attacks, {config.evaluation.threat.label}"
         lines += ["", *_table([_COLUMNS, *rows]), f"{robust}; n: test images"]
     if failed:
-        lines += ["", f"{len(failed)} not done:", *(f"  {key}: {reason}" for key, reason in failed.items())]
+        reasons = (f"  {key}: {shorten(reason, 200, placeholder=' ...')}" for key, reason in failed.items())
+        lines += ["", f"{len(failed)} not done:", *reasons]
     lines.append("")
     if study:
         lines.append(f"study      {output / STUDY}")

@@ -3,7 +3,6 @@
 MLflow's own defaults retry a dead server for minutes and let several processes migrate a fresh SQLite file together.
 """
 
-import errno
 import logging
 import os
 import sqlite3
@@ -15,6 +14,7 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
+from pipeline.artifacts import DISK_FULL
 from pipeline.config.tracking import redact
 
 if TYPE_CHECKING:
@@ -53,9 +53,6 @@ def open_client(uri: str, *, request_timeout: int = 5) -> "MlflowClient":
     return client
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 @contextmanager
 def reaching(uri: str) -> Iterator[None]:
     """Turn whatever a missing server or database raises into a ConnectionError with one readable line."""
@@ -64,7 +61,7 @@ def reaching(uri: str) -> Iterator[None]:
     except (ConnectionError, ValueError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise  # this machine's disk, whoever wrote to it
         code = getattr(error, "error_code", None)
         if code in ANSWERS or not (code or isinstance(error, OSError) or _is_database_error(error)):

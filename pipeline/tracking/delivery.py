@@ -88,6 +88,8 @@ class Delivery:
                     raise
                 # The database was emptied, or is another one by now: the local files fill it anew.
                 self.spool.save_delivered(self.uri, record.key, Delivered())
+                self.client = None
+                self._connect()
                 return self._deliver(record)
         except MlflowException as error:
             if error.error_code not in ANSWERS:

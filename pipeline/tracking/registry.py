@@ -101,10 +101,12 @@ class Registry:
         digest = bank_files.combined_digest(files)
         with self._write_lock():
             version = self._registered(digest, run_id)
+            known = version is not None
             if version is None:
                 model_id = self._log_model(Path(directory), files, digest, run_id)
                 version = self._create_version(model_id, run_id, {**(tags or {}), DIGEST_TAG: digest}, description)
-            if alias:
+            # What is registered again, by a late or a second delivery, takes no alias from a newer version.
+            if alias and not (known and any(v.version > version and alias in v.aliases for v in self.versions())):
                 name = self.config.registry_model
                 _contended(lambda: self.client.set_registered_model_alias(name, alias, str(version)))
         return self.resolve(f"{self.config.registry_model}/{version}")

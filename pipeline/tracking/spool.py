@@ -11,6 +11,7 @@ import re
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import Field, ValidationError
 from pipeline.artifacts import write_atomic
 from pipeline.config.base import Section
 from pipeline.config.tracking import TrackingConfig, redact
+from pipeline.tracking.journal import read_journal
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -96,9 +98,12 @@ class Spool:
         self._lock = threading.RLock()
 
     def records(self) -> list[RunRecord]:
-        """All runs, parents before children and older before newer."""
-        found = _load_all(self.directory / "runs", RunRecord)
-        return sorted(found, key=lambda record: (record.parent is not None, record.started, record.key))
+        """All runs, parents before children, what a run uses before it, and otherwise older before newer."""
+        found = sorted(_load_all(self.directory / "runs", RunRecord), key=lambda record: (record.started, record.key))
+        by_key = {record.key: record for record in found}
+        needs = {r.key: [key for key in (r.parent, *r.upstream.values()) if key in by_key] for r in found}
+        # A clock that was set back makes what a run uses the newer one.
+        return [by_key[key] for key in TopologicalSorter(needs).static_order()]
 
     def latest(self, name: str, *, parents: bool, fingerprint: str | None = None) -> RunRecord | None:
         """The newest chain run (`parents`) or stage run called `name`, and where one is given with this fingerprint."""
@@ -183,9 +188,9 @@ def is_pending(record: RunRecord, delivered: Delivered, root: Path) -> bool:
         or any(wanted.digest not in delivered.versions for wanted in record.registrations)
         or not set(record.activations) <= set(delivered.activations)
         or any(
-            (root / path).stat().st_size > delivered.offsets.get(path, 0)
+            # A last line that was torn by a kill never becomes a whole one.
+            read_journal(root / path, sent := delivered.offsets.get(path, 0))[1] > sent
             for path in record.journals
-            if (root / path).is_file()
         )
         or any(
             stamp != delivered.stamps.get(a.path) for a in record.artifacts if (stamp := artifact_stamp(root / a.path))

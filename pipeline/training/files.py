@@ -79,6 +79,8 @@ def read_directory(directory: Path, *, record: str) -> tuple[dict[str, dict[str,
         return {Path(name).stem: load_file(directory / name) for name in digests}, meta
     except DamagedFilesError:
         raise
+    except FileNotFoundError as error:
+        raise DamagedFilesError(f"expected a complete directory at {directory}, got no {error.filename}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedFilesError(f"expected a complete directory at {directory}, got {error!r}") from error
 

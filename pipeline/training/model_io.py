@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from pipeline.artifacts import sha256_of
+from pipeline.artifacts import MODEL, sha256_of
 from pipeline.config.base import Section, one_line
 from pipeline.training.files import DamagedFilesError, read_directory, write_directory
 from sparta_models import Activation, ActivationSpec, build_model
@@ -53,6 +53,12 @@ def save_model(directory: Path, model: nn.Module, meta: ModelMeta) -> str:
     return model_sha256(directory)
 
 
+def model_directory(directory: Path) -> Path:
+    """Where the network lies in `directory`: in the folder of its own that a training gives it, or there itself."""
+    inner = directory / MODEL
+    return inner if inner.is_dir() else directory
+
+
 def model_sha256(directory: Path) -> str:
     """Digest of a network's weights file."""
     return sha256_of(directory / f"{_WEIGHTS}.safetensors")
@@ -69,7 +75,7 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> nn.
     Raises:
         ValueError: for files that are missing, altered, of another format, or that fit no network of the zoo.
     """
-    directory = Path(directory)
+    directory = model_directory(Path(directory))
     tensors, raw = read_directory(directory, record=_RECORD)
     if raw.get("format", FORMAT) != FORMAT:
         raise DamagedFilesError(f"expected format {FORMAT} in {directory / _RECORD}, got {raw['format']!r}")

@@ -89,6 +89,8 @@ def test_another_kind_brings_its_own_defaults_and_the_same_kind_keeps_the_settin
     assert overlay(base, overrides(base, {KIND: "pgd_at"})).training.method.attack.steps == 3
     attack = trial_config(base, {KIND: "trades", "training.method.attack.steps": 5}).training.method.attack
     assert (attack.loss, attack.start, attack.steps) == ("kl", "normal", 5)
+    behind = trial_config(base, {"training.method.attack.steps": 5, KIND: "trades"}).training.method.attack
+    assert behind == attack, "wherever the kind stands in the space"
 
 
 def test_every_trial_is_judged_by_one_threat_whatever_it_trains_against():
@@ -226,6 +228,9 @@ def test_results_hold_every_trial_and_the_best_runs_as_a_preset(tmp_path: Path):
     pictures = [name for name in files if name.endswith(".png")]
     assert len(pictures) == 4
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    (tmp_path / pictures[0]).unlink()
+    assert write_results(tmp_path, base, trials, front, judged(base, front[0].values)) == files
+    assert (tmp_path / pictures[0]).is_file()
 
 
 def test_the_best_of_a_population_is_written_with_the_way_that_led_to_it(tmp_path: Path):

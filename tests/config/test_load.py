@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, apply_overrides, load_config, overlay, preset_names
+from pipeline.config.training import TRADESConfig
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -110,6 +111,10 @@ def test_overlay_is_checked_like_a_file() -> None:
         ),
         ("scaling.collective_timeout=.inf", r"scaling\.collective_timeout: .*finite number, got inf"),
         ("transfer.\u00b2=x", "expected an index below 2 at '\u00b2'"),
+        (
+            "training.threat={norm: l2, eps: 128}",
+            r"training\.threat: expected an l2 radius of at most 50, got 128: ",
+        ),
         ("training.epoch=3", r"unknown key 'training\.epoch'; did you mean 'epochs'\?; known here: .*batch_size"),
         ("transfer.0.nmae=x", r"unknown key 'transfer\.0\.nmae'; did you mean 'name'\?"),
         ("training.method.stepz=3", r"unknown key .*stepz"),
@@ -144,6 +149,44 @@ def test_a_mistake_is_one_sentence(override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_another_kind_keeps_of_its_section_what_it_has_too() -> None:
+    method = load_config("cifar10_cpu", ["training.method.kind=trades"]).training.method
+    assert isinstance(method, TRADESConfig)
+    assert (method.attack.steps, method.attack.loss) == (3, "kl")
+    assert load_config("cifar10_cpu", ["training.method.kind=standard"]).training.method.kind == "standard"
+    first = load_config(
+        "demo", ["training.schedule.final_factor=0.1", "training.schedule.kind=cosine"]
+    ).training.schedule
+    assert (first.kind, first.final_factor) == ("cosine", 0.1)
+    attacks = ["evaluation.attacks=[{kind: pgd, steps: 3}, {kind: targeted}]", "evaluation.attacks.0.kind=fgsm"]
+    assert [attack.kind for attack in load_config("demo", attacks).evaluation.attacks] == ["fgsm", "targeted"]
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'training\.schedule\.peak'; known here: final_factor, kind, war"
+    ):
+        load_config("demo", ["training.schedule.peak=0.2", "training.schedule.kind=cosine"])
+
+
+def test_every_mistake_has_a_line_and_a_key_that_can_be_typed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", ["training.method.attack.stepz=3", "scaling.num_workers=0", "model.activation=relu"])
+    lines = [line.strip().partition(";")[0] for line in str(caught.value).splitlines()]
+    assert lines == [
+        "model.activation: expected a section, such as {key: value}, got 'relu'",
+        "unknown key 'training.method.attack.stepz'",
+        "scaling.num_workers: input should be greater than 0, got 0",
+        "scaling.num_workers: input should be a valid tuple, got 0",
+    ]
+
+
+def test_a_chain_is_called_as_its_file_where_that_gives_no_name(tmp_path: Path) -> None:
+    for file, name in (("Pets 2.yaml", "pets-2"), ("...yaml", "demo"), ("a=b.yaml", "a-b")):
+        (tmp_path / file).write_text("seed: 1\n")
+        assert load_config(str(tmp_path / file)).name == name
+    (tmp_path / "named.yaml").write_text("name: mine\n")
+    assert load_config(str(tmp_path / "named.yaml")).name == "mine"
+    assert load_config("seed=3", ["name=x"]).name == "x"
+
+
 def test_no_memory_is_taken_to_try_an_activation() -> None:
     kernel = 3_000_001  # 288 TB for the 8 channels that it is tried with
     assert load_config("demo", [f"model.activation.options.kernel_size={kernel}"]).model.activation.options
@@ -154,7 +197,7 @@ def test_unknown_preset_lists_the_known_and_the_closest() -> None:
         load_config("demoo")
 
 
-@pytest.mark.parametrize("content", ["- a list", "just text", "a: [", "a: \x00"])
+@pytest.mark.parametrize("content", ["- a list", "just text", "a: [", "a: \x00", ""])
 def test_malformed_file_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(content)

@@ -160,6 +160,21 @@ def test_a_folder_that_is_none_is_refused(tmp_path, spoil, message):
         open_source(DataConfig(dataset="folder", path=str(tmp_path / "images")))
 
 
+def test_a_class_whose_name_no_record_can_hold_is_refused(tmp_path):
+    root = write_folder(tmp_path / "images")
+    (root / "class1").rename(root / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"expected class folders with names in UTF-8, got 'caf.udce9'; rename it"):
+        open_source(DataConfig(dataset="folder", path=str(root)))
+
+
+def test_images_behind_a_link_are_not_left_out_in_silence(tmp_path):
+    root = write_folder(tmp_path / "images")
+    elsewhere = write_folder(tmp_path / "elsewhere")
+    (root / "class1" / "more").symlink_to(elsewhere / "class1", target_is_directory=True)
+    with pytest.raises(DataError, match="more: expected a folder, got a link to one, which is not followed"):
+        open_source(DataConfig(dataset="folder", path=str(root)))
+
+
 def test_a_class_that_training_lacks_is_named(tmp_path):
     write_folder(tmp_path / "train", classes=2)
     write_folder(tmp_path / "test", classes=3)

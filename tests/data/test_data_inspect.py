@@ -27,10 +27,23 @@ def test_inspect_describes_the_file_and_draws_it(request, kind, tmp_path, capsys
 
 def test_inspect_reports_damage_in_one_line(rgb_npz, tmp_path, capsys):
     shutil.copy(rgb_npz.path("train"), tmp_path)
+    shutil.copy(rgb_npz.directory / "prepared.json", tmp_path)
     assert main(["inspect", str(tmp_path / "train.npz")]) == 2
     message = capsys.readouterr().err
     assert "its sidecar train.npz.json is missing" in message
     assert message.count("\n") == 1
+
+
+def test_nobody_is_told_to_delete_a_folder_of_her_own(rgb_npz, tmp_path, capsys):
+    shutil.copy(rgb_npz.path("train"), tmp_path / "mine.npz")
+    for name, message in (
+        ("mine.npz", "expected a file that the prepare stage wrote"),
+        ("nosuch.beton", "got no file"),
+    ):
+        assert main(["inspect", str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert "delete the folder" not in said
 
 
 @pytest.mark.parametrize("grid", ["missing/grid.png", "grid.nosuch"])

@@ -65,6 +65,46 @@ def test_a_users_function_is_evaluated(prepared, tmp_path, monkeypatch, capsys):
     assert "expected a function 'my_models_for_test:nothing'" in capsys.readouterr().err
 
 
+def test_a_model_of_other_classes_is_refused(prepared, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other_classes_for_test.py").write_text(
+        "from torch import nn\n"
+        "def seven():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))\n"
+        "def maps():\n    return nn.Conv2d(1, 10, 1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ("--data", prepared.directory, "--output", tmp_path / "out", *small())
+    assert run("run", "other_classes_for_test:seven", *arguments) == 2
+    assert "expected a model of the 10 classes of digits, got 7" in capsys.readouterr().err
+    assert run("run", "other_classes_for_test:maps", *arguments) == 2
+    assert "expected logits of shape (1, classes) for 1 image, got (1, 10, 8, 8)" in capsys.readouterr().err
+    np.savez(tmp_path / "adv.npz", x_adv=np.zeros((3, 1, 8, 8), np.float32), y=np.array([0, 9, 1]))
+    assert run("judge", "other_classes_for_test:seven", tmp_path / "adv.npz") == 2
+    assert "expected a model of at least 10 classes, as the labels ask for, got 7" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here_is_one_line(prepared, tmp_path, capsys):
+    model = saved(tmp_path / "model", "relu")
+    arguments = ("--data", prepared.directory, "--output", tmp_path / "out", *small("--device", "cuda:77"))
+    assert run("run", model, *arguments) == 2
+    assert "error: expected a device that is here, got cuda:77" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("nosuch", "or one of digits, mnist"),
+        ("npz", "or one of digits, mnist"),
+        (".", "a folder of images is prepared by"),
+    ],
+)
+def test_data_that_cannot_be_judged_on_say_what_can(data, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = saved(tmp_path / "model", "relu")
+    assert run("run", model, "--data", data, "--output", tmp_path / "out", *small()) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_edited_code_never_reuses_what_was_judged_before(prepared, tmp_path, monkeypatch):
     """The slope is in no tensor and in no class name; what is printed of the model does not show it either."""
     monkeypatch.chdir(tmp_path)
@@ -154,7 +194,7 @@ def test_under_another_threat_robust_accuracies_are_not_subtracted(prepared, tmp
     printed = capsys.readouterr().out
     assert "clean: candidate minus control" in printed
     assert "union: candidate minus control" not in printed
-    assert "not compared" in printed
+    assert "candidate and control cannot be compared: other threats" in printed
 
 
 def test_a_registered_activation_is_judged_in_the_network_trained_with_it(tmp_path):

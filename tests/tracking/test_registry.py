@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from pipeline.config.tracking import TrackingConfig
 from pipeline.tracking import Registry, Tracker
+from pipeline.tracking.__main__ import main as sync_main
 from sparta_models import ActivationBank, build_model, convert, frozen_parameters, named_sites
 from tests.tracking.conftest import write_bank
 
@@ -67,6 +68,18 @@ def test_versions_count_up_and_the_alias_moves(registry: Registry, bank: Path, r
     assert [(a.version, a.aliases) for a in registry.versions()] == [(2, ("candidate",)), (1, ())]
     registry.set_alias("sparta-activation/1", "champion")
     assert registry.resolve("sparta-activation@champion").version == 1
+
+
+def test_a_late_delivery_takes_no_alias_from_a_newer_version(root: Path, config: TrackingConfig, registry: Registry):
+    for number in (1, 2):
+        with (
+            Tracker(config, root).chain("demo") as chain,
+            chain.stage("freeze", tags={"fingerprint": str(number)}) as stage,
+        ):
+            stage.register(write_bank(root / f"bank-{number}", float(number)))
+    assert sync_main(["sync", "--all", str(root)]) == 0
+    assert registry.resolve("sparta-activation@candidate").version == 2
+    assert len(registry.versions()) == 2
 
 
 def test_a_stage_registers_its_bank_once(root: Path, config: TrackingConfig, bank: Path, registry: Registry):

@@ -107,6 +107,30 @@ def test_push_list_show_and_pull_go_round(
     assert ActivationBank.load(tmp_path / "pulled").digest == ActivationBank.load(root / "bank").digest
 
 
+def test_a_misspelt_root_is_not_begun_and_an_empty_registry_says_so(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["--root", str(tmp_path / "nosuch"), "list"]) == 2
+    assert "expected the registry's database" in capsys.readouterr().err
+    assert not (tmp_path / "nosuch").exists()
+    assert main(["--uri", f"sqlite:///{tmp_path}/empty.db", "list"]) == 0
+    assert capsys.readouterr().out == "no versions of sparta-activation so far\n"
+    assert main(["--uri", f"sqlite:///{tmp_path}/empty.db", "pull", "sparta-activation@candidate", "x"]) == 2
+    assert "known: nothing yet" in capsys.readouterr().err
+
+
+def test_push_says_whose_the_alias_was_and_which_version_is_the_same(
+    root: Path, network: Path, capsys: pytest.CaptureFixture[str]
+):
+    push = ["--root", str(root), "push", str(root / "bank")]
+    assert main(push) == 0
+    assert "was" not in capsys.readouterr().out
+    assert main(push) == 0
+    said = capsys.readouterr().out
+    assert "@candidate was sparta-activation/1" in said
+    assert "the same files as sparta-activation/1" in said
+
+
 def test_lineage_leads_from_the_version_to_data_and_commit(
     root: Path, config: TrackingConfig, bank: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -246,7 +270,7 @@ def test_a_network_with_another_activation_is_no_evidence(
     ("arguments", "message"),
     [
         (["show", "nonsense"], "expected NAME@ALIAS or NAME/VERSION"),
-        (["pull", "sparta-activation@candidate", "x"], "known: nothing yet"),
+        (["--root", "nosuch", "list"], "mlflow.db, got none; --root names the folder of the runs"),
         (["push", "nowhere"], "nowhere"),
         (["--uri", "ftp://x", "list"], "error: --uri: expected a tracking uri"),
         (["--uri", "http://me:hunter2@x", "list"], "expected a uri without a password"),

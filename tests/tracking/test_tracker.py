@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from pipeline.config.tracking import TrackingConfig, has_password, redact
 from pipeline.tracking import Journal, Tracker
+from pipeline.tracking.__main__ import main
 from pipeline.tracking.client import open_client
 from pipeline.tracking.origin import origin_tags
 
@@ -163,6 +165,30 @@ def test_a_stage_names_the_run_that_made_what_it_uses_not_a_later_one(root: Path
     assert chain.tracker.spool.load(stage.key).upstream == {"pretrain": made.key}
 
 
+def test_a_clock_that_was_set_back_loses_no_lineage(root: Path, config: TrackingConfig):
+    tracker = Tracker(config.model_copy(update={"enabled": False}), root)
+    with tracker.chain("demo") as chain:
+        with chain.stage("pretrain", tags={"fingerprint": "a"}) as made:
+            pass
+        with chain.stage("freeze", upstream={"pretrain": "a"}) as used:
+            pass
+    tracker.spool.update(used.key, started=tracker.spool.load(made.key).started - 3_600_000)
+    assert main(["sync", str(root)]) == 0
+    upstream = json.loads(runs(root)["freeze"].data.tags["sparta.upstream"])
+    assert upstream == {"pretrain": runs(root)["pretrain"].info.run_id}
+
+
+def test_a_last_line_that_a_kill_tore_is_nothing_to_deliver(root: Path, config: TrackingConfig):
+    tracker = Tracker(config, root)
+    with tracker.chain("demo") as chain, chain.stage("pretrain") as stage:
+        stage.metrics({"loss": 1.0}, 0)
+    assert tracker.spool.pending(tracker.uri) == []
+    journal = root / tracker.spool.load(stage.key).journals[0]
+    with journal.open("a") as file:
+        file.write('{"step": 1, "metr')
+    assert tracker.spool.pending(tracker.uri) == []
+
+
 def test_a_chain_that_goes_on_shows_its_newest_figures(root: Path, config: TrackingConfig):
     for robust in (0.4, 0.4, 0.5):
         with Tracker(config, root).chain("demo", params={"seed": 1}) as chain:
@@ -312,6 +338,7 @@ def test_where_runs_go_is_the_section_then_the_environment_then_the_root(
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert TrackingConfig().resolved_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert TrackingConfig().resolved_uri(Path("/a?b/c%20d")) == "sqlite:////a%3Fb/c%2520d/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert TrackingConfig().resolved_uri(tmp_path) == "http://127.0.0.1:5000"
     assert TrackingConfig(uri="sqlite:///x.db").resolved_uri(tmp_path) == "sqlite:///x.db"

@@ -212,6 +212,23 @@ def test_an_emptied_database_is_filled_again_from_the_local_files(
     assert Registry(config, root).resolve("sparta-activation@candidate").version == 1
 
 
+def test_a_database_that_is_emptied_under_a_chain_is_filled_again_by_it(
+    root: Path, config: TrackingConfig, migrated: Path
+):
+    tracker = Tracker(config, root)
+    with tracker.chain("demo") as chain:
+        with chain.stage("pretrain") as stage:
+            stage.metrics({"loss": 0.0}, 0)
+        delivery = Delivery(config, tracker.spool)
+        delivery.run()
+        for path in root.glob("mlflow.db*"):
+            path.unlink()
+        (root / "mlflow.db").write_bytes(migrated.read_bytes())
+        tracker.spool.update(stage.key, tags={"note": "later"})
+        assert delivery.run() == []
+    assert steps(open_client(tracker.uri))[1] == [0]
+
+
 def test_what_a_server_refuses_does_not_hold_up_the_rest(root: Path, config: TrackingConfig):
     tracker = Tracker(config, root)
     with tracker.chain("demo") as chain:

@@ -106,6 +106,7 @@ def test_a_range_relative_to_no_positive_number_is_refused(to):
         (lambda: Integer(3, 2), "low < high"),
         (lambda: Choice("a"), "at least two"),
         (lambda: Choice("a", "a"), "different"),
+        (lambda: Choice([0.5, 0.75], [0.3, 0.6]), r"numbers, texts, true, false or null, got \[0.5, 0.75\]"),
         (lambda: Integer(1.9, 3), "whole numbers, got 1.9 and 3"),
         (lambda: Integer(False, 3), "whole numbers"),
         (lambda: When("kind", "trades", Integer(1, 2)), "a tuple of values, got 'trades'"),

@@ -25,11 +25,8 @@ def write_results(
 ) -> list[str]:
     """Write table, best configuration and pictures into `output`; return their names."""
     names = short_names(list(dict.fromkeys(key for trial in trials for key in trial.values)))
-    table, path = _table(trials, front, names), output / TABLE
-    pictures = sorted(picture.name for picture in output.glob("search_*.png"))
-    if not pictures or not path.is_file() or path.read_text(encoding="utf-8") != table:
-        pictures = plots.draw(output, trials, front, names, base.search.objectives)
-    write_atomic(path, table)  # after the pictures, whose being up to date it stands for
+    pictures = plots.draw(output, trials, front, names, base.search.objectives)
+    write_atomic(output / TABLE, _table(trials, front, names))
     write_atomic(output / BEST, _preset(base, front[0], overrides))
     return [TABLE, BEST, *pictures]
 

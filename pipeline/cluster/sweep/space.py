@@ -10,23 +10,19 @@ from tune_spaces import Space, Value, When, active
 _SEARCHABLE = ("model", "augment", "training")
 _JUDGE = "training.selection"
 _LENGTH = "training.epochs"
+_KIND = ".kind"
 
 
 def overrides(base: ChainConfig, values: Mapping[str, Value]) -> dict[str, Any]:
-    """The values as overrides of `base`, in order.
+    """The values as overrides of `base`, kinds before the settings of their sections.
 
     Another `kind` of a section brings its own defaults: the settings of the old kind would not fit it.
     """
     content = base.model_dump(mode="json")
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        if name == "kind":
-            if _lookup(content, section).get("kind") != value:
-                result[section] = {"kind": value}
-        else:
-            result[key] = value
-    return result
+    kinds = {key.removesuffix(_KIND): value for key, value in values.items() if key.endswith(_KIND)}
+    others = {key: value for key, value in values.items() if not key.endswith(_KIND)}
+    new = {section: {"kind": kind} for section, kind in kinds.items() if _lookup(content, section).get("kind") != kind}
+    return {**new, **others}
 
 
 def judged(base: ChainConfig, values: Mapping[str, Value]) -> dict[str, Any]:
