@@ -200,8 +200,10 @@ class Study(Section):
 
     @property
     def groups(self) -> list[str]:
-        """In the order of the tables."""
-        return list(dict.fromkeys(entry.group for entry in self.entries))
+        """In the order of the tables: as they came, the finalists of a group right behind it."""
+        names = list(dict.fromkeys(entry.group for entry in self.entries))
+        judged_first = list(dict.fromkeys(name.removesuffix(FINALISTS) for name in names))
+        return sorted(names, key=lambda name: (judged_first.index(name.removesuffix(FINALISTS)), name))
 
     def contenders(self, group: str) -> list[str]:
         """Rows of a group's table, in the order of the study."""
