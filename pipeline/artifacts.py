@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,6 +163,14 @@ def damaged_outputs(directory: Path, record: StageRecord) -> Iterator[tuple[str,
             yield name, f"output {name} has {path.stat().st_size} bytes, expected {expected.size}"
         elif digest_file(path) != expected:
             yield name, f"output {name} was altered"
+
+
+def remove(path: Path) -> None:
+    """Remove what is there, be it a file or somebody's folder in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 _USERS_FILES = "the files that data.path names"

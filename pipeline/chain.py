@@ -255,7 +255,7 @@ class Chain:
         elif decision.record is not None:
             # A stage goes on from what it finds, and has no digests of all of its files: what is damaged is not there.
             for name, _ in artifacts.damaged_outputs(directory, decision.record):
-                (directory / name).unlink(missing_ok=True)
+                artifacts.remove(directory / name)
         for name in (artifacts.RECORD, artifacts.FAILED):
             (directory / name).unlink(missing_ok=True)
         artifacts.write_atomic(directory / artifacts.STARTED, artifacts.canonical(decision.inputs) + "\n")

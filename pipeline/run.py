@@ -112,11 +112,13 @@ def _require_stages(planned: Sequence[Decision], options: argparse.Namespace) ->
 def _publish(chain: Chain) -> None:
     """Copy the page of this configuration to a place that stays; it holds everything it shows, so the copy is whole.
     Where there is none, that of another configuration does not stay."""
-    for page in (REPORT, STUDY):
-        (chain.output / page).unlink(missing_ok=True)
+    made = set()
     for finished in (done for key, done in chain.done.items() if key.startswith("report:")):
         page = str(finished.record.payload["page"])
         write_atomic(chain.output / page, (finished.directory / page).read_text(encoding="utf-8"))
+        made.add(page)
+    for page in {REPORT, STUDY} - made:
+        (chain.output / page).unlink(missing_ok=True)
 
 
 def _found(chain: Chain, config: ChainConfig) -> Chain:

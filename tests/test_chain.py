@@ -194,6 +194,7 @@ def test_same_output_after_a_rerun_leaves_downstream_up_to_date(house: House) ->
         (lambda path: path.unlink(), "out.txt is missing"),
         (lambda path: path.write_text("X1(a1())"), "out.txt was altered"),
         (lambda path: path.write_text("longer than before"), "has 18 bytes"),
+        (lambda path: path.unlink() or path.mkdir(), "out.txt"),
         (lambda path: (path.parent / "artifact.json").write_text("{"), "artifact.json is unreadable"),
     ],
 )

@@ -25,6 +25,8 @@ def write_study(study: Study, output: Path, *, dpi: int = 150) -> list[Path]:
     """Write all files into `output` and return them."""
     output.mkdir(parents=True, exist_ok=True)
     charts = [_chart(study, group, number, output, dpi) for number, group in enumerate(study.groups)]
+    for number in itertools.takewhile(lambda n: (output / f"study-{n}.png").is_file(), itertools.count(len(charts))):
+        (output / f"study-{number}.png").unlink()  # of an earlier study with more groups
     tables = {group: table_rows(study, group) for group in study.groups}
     facts = {
         "study": study,
