@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-_MISTAKES = 5
+MISTAKES = 5
+"""So many are told."""
 _SHOWN_CHARACTERS = 200
 
 
@@ -21,8 +22,8 @@ def one_line(error: Exception) -> str:
     """The message of an exception on one line; of pydantic's, the first mistakes, each with its place."""
     if isinstance(error, ValidationError):
         details = error.errors()
-        mistakes = [f"{'.'.join(map(str, e['loc']))}: {mistake(e)}".removeprefix(": ") for e in details[:_MISTAKES]]
-        more = [f"and {len(details) - _MISTAKES} more"] if len(details) > _MISTAKES else []
+        mistakes = [f"{'.'.join(map(str, e['loc']))}: {mistake(e)}".removeprefix(": ") for e in details[:MISTAKES]]
+        more = [f"and {len(details) - MISTAKES} more"] if len(details) > MISTAKES else []
         return " ".join("; ".join([*mistakes, *more]).split())
     return " ".join(str(error).split())
 

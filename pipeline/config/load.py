@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.base import Section, mistake, one_line
+from pipeline.config.base import MISTAKES, Section, mistake, one_line
 from pipeline.config.chain import ChainConfig
 from tune_spaces.loading import yaml_loader
 
@@ -111,12 +111,13 @@ def overlay(config: ChainConfig, values: Mapping[str, Any]) -> ChainConfig:
 
 
 def validate(content: Mapping[str, Any]) -> ChainConfig:
-    """The checked configuration, or a ConfigError of one line per mistake."""
+    """The checked configuration, or a ConfigError of one line per mistake, for the first ones."""
     try:
         return ChainConfig.model_validate(content)
     except ValidationError as error:
-        mistakes = dict.fromkeys(" ".join(_explain(detail).split()) for detail in error.errors())
-        raise ConfigError("\n  ".join(mistakes)) from error
+        mistakes = list(dict.fromkeys(" ".join(_explain(detail).split()) for detail in error.errors()))
+        more = [f"and {len(mistakes) - MISTAKES} more"] if len(mistakes) > MISTAKES else []
+        raise ConfigError("\n  ".join([*mistakes[:MISTAKES], *more])) from error
 
 
 def _set(container: Any, path: Sequence[str], value: Any, key: str) -> Any:

@@ -78,8 +78,10 @@ def all_refused(
     *,
     count: int,
     unchanged: Path | None = None,
+    lines: int = 1,
 ) -> None:
-    """Assert that `count` inputs are refused by `error` with one line, and that `unchanged` stays as it was.
+    """Assert that `count` inputs are refused by `error` with so many lines at most, and that `unchanged` stays as it
+    was.
 
     An input that happens to be valid does not count.
     """
@@ -105,7 +107,8 @@ def all_refused(
         assert _tree(unchanged) == before, "something was written"
         assume(said is not None)
         assert said
-        assert "\n" not in said, said
+        assert said.count("\n") < lines, said
+        assert all(line.strip() for line in said.split("\n")), said
         refused += 1
 
     run()
