@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from pipeline import run
 from pipeline.chain import Action, Decision
@@ -158,6 +159,21 @@ def test_a_dry_run_tells_of_two_threats(capsys: pytest.CaptureFixture[str]) -> N
     assert "trained against linf 0.15, judged under linf 0.3" in capsys.readouterr().out
     assert run.main(["demo", "--dry-run"]) == 0
     assert "judged under" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_prepare_says_what_there_is_and_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (20, 24), (number, 0, 0)).save(tmp_path / "pets" / name / f"{number}.png")
+    settings = [f"data.path={tmp_path}/pets", "data.dataset=folder", "data.image_size=16", "data.classes=null"]
+    command = [*settings, "data.on_bad_image=skip", "transfer=[]", "tracking.enabled=false", "--until", "prepare"]
+    assert run.main(command) == 0
+    assert re.search(r"s: \d+ train, \d+ val, 10 test images of 2 classes\n", capsys.readouterr().out)
+    (tmp_path / "pets" / "a" / "bad.jpg").write_text("no image")
+    assert run.main(command) == 0
+    assert re.search(r"of 2 classes; 1 files left out \(.*bad_images\.txt\)\n", capsys.readouterr().out)
 
 
 def toy_node(stage: str, branch: str, *needs: str) -> Node[str]:

@@ -40,10 +40,11 @@ def _prepare(context: StageContext[PrepareTask]) -> StageResult:
     prepared = prepare(context.task.data, context.directory, seed=context.task.seed)
     context.run.dataset(prepared.name, prepared.digest, context="prepare")
     splits = [name for split in prepared.splits.values() for name in (split.file, f"{split.file}.json")]
-    counts = ", ".join(f"{split.count:,} {name}" for name, split in prepared.splits.items())
+    counts = ", ".join(f"{prepared.splits[name].count:,} {name}" for name in ("train", "val", "test"))
     said = f"{counts} images of {prepared.num_classes} classes"
-    if (left_out := context.directory / BAD_IMAGES).is_file():
-        said += f"; {len(left_out.read_text(encoding='utf-8').splitlines())} files left out ({left_out})"
+    ledger = context.directory / BAD_IMAGES
+    if ledger.is_file() and (left_out := ledger.read_text(encoding="utf-8").splitlines()):
+        said += f"; {len(left_out)} files left out ({ledger})"
     return StageResult({"name": prepared.name}, [*splits, "prepared.json"], prepared.digest, said)
 
 
