@@ -46,6 +46,11 @@ class Decision:
     inputs: Mapping[str, Any] | None = None
     record: StageRecord | None = None
 
+    @property
+    def ahead(self) -> bool:
+        """Whether there is something to do."""
+        return self.action in (Action.RUN, Action.RESUME)
+
     def line(self) -> str:
         """One aligned line for people."""
         return f"{self.node.key:<34} {self.action.value:<10} {self.reason}"
@@ -116,7 +121,7 @@ class Chain:
         for node in nodes:
             decision = self._restricted(self.decide(node))
             decisions.append(decision)
-            self._note_done(decision)
+            self._note(decision)
         return decisions
 
     def _inputs(self, node: Node[Any]) -> dict[str, Any]:
@@ -143,7 +148,7 @@ class Chain:
         shown = "; ".join(change.removeprefix("sections.") for change in changes[:3])
         return f"changed: {shown}" + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
-    def _note_done(self, decision: Decision) -> None:
+    def _note(self, decision: Decision) -> None:
         if decision.action is Action.BLOCKED:
             self.failed[decision.node.key] = decision.reason
         if decision.action is Action.SKIP and decision.directory is not None and decision.record is not None:
@@ -180,20 +185,20 @@ class Chain:
             batch: list[Decision] = []
             while position < len(nodes) and nodes[position].runner is first.runner and (first.together or not batch):
                 decision = self._restricted(self.decide(nodes[position]))
-                if decision.action in (Action.RUN, Action.RESUME) and decision.directory is None:
+                if decision.ahead and decision.directory is None:
                     break  # needs a node of this very batch
                 self._say(decision.line())
-                self._note_done(decision)
+                self._note(decision)
                 if decision.action is Action.SKIP:
                     _mark_current(self.done[decision.node.key].directory)
-                elif decision.action is not Action.BLOCKED:
+                elif decision.ahead:
                     batch.append(decision)
                 position += 1
             self._run(batch, services)
 
     def _restricted(self, decision: Decision) -> Decision:
         stage = decision.node.stage
-        if decision.action in (Action.SKIP, Action.BLOCKED) or self._only is None or stage in self._only:
+        if not decision.ahead or self._only is None or stage in self._only:
             return decision
         return replace(decision, action=Action.BLOCKED, reason=f"not done ({decision.reason}) and not chosen to run")
 

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.artifacts import runs_root, write_atomic
-from pipeline.chain import Action, Chain, Decision, OutputLockedError
+from pipeline.chain import Chain, Decision, OutputLockedError
 from pipeline.cluster import ClusterTooSmall, raised_as_such
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, load_config, preset_names
@@ -130,7 +130,7 @@ def _found(chain: Chain, config: ChainConfig) -> Chain:
 
 def _trainings_ahead(planned: Sequence[Decision]) -> set[str]:
     """The stages that will ask the cluster for workers."""
-    return {step.node.stage for step in planned if step.node.trains and step.action in (Action.RUN, Action.RESUME)}
+    return {step.node.stage for step in planned if step.node.trains and step.ahead}
 
 
 def _plan(chain: Chain, config: ChainConfig, stages: Sequence[str], *, dry: bool) -> list[Decision]:
@@ -147,7 +147,7 @@ def _tell(planned: Sequence[Decision], config: ChainConfig, chain: Chain) -> Non
     trained, judged = config.training.threat, config.evaluation.threat
     if trained != judged:
         print(f"trained against {trained.label}, judged under {judged.label}")
-    ahead = {decision.node.key for decision in planned if decision.action in (Action.RUN, Action.RESUME)}
+    ahead = {decision.node.key for decision in planned if decision.ahead}
     estimates, speed = estimate([decision.node for decision in planned], config, chain.done)
     if ahead:
         print("\n".join(table([e for e in estimates if e.key in ahead], speed)))

@@ -149,20 +149,20 @@ _OWN_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 def _bare_copy(network: nn.Module) -> nn.Module:
     """Copy a network without the hooks that a user put there: they would run in the trace, and again in the copy."""
     try:
-        bare = copy.deepcopy(network)
+        twin = copy.deepcopy(network)
     except Exception as error:
         raise ValueError(
             f"expected a network that can be copied, got {type(network).__name__}: {error}; of weight_norm, "
             "spectral_norm and pruning take those of torch.nn.utils.parametrizations, or make the weights permanent"
         ) from error
-    for module in bare.modules():
+    for module in twin.modules():
         module._forward_hooks.clear()
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
         for key, hook in list(module._forward_pre_hooks.items()):
             if not isinstance(hook, _OWN_HOOKS):
                 del module._forward_pre_hooks[key]
-    return bare
+    return twin
 
 
 class _Tracer(fx.Tracer):
@@ -296,20 +296,24 @@ def _replace(graph_module: fx.GraphModule, calls: list[Call]) -> list[Replacemen
 def _names(graph_module: fx.GraphModule, calls: list[Call], replaced: list[bool]) -> list[str | None]:
     """A name for the site of each call, None where the call is kept: that of the module which it replaces, with a
     number where that one is called again; no other module, parameter or buffer has it."""
-    own = [
-        call.inside or (str(call.node.target) if call.node.op == "call_module" else None) if yes else None
-        for call, yes in zip(calls, replaced, strict=True)
-    ]
+    freed = {_own_name(call) for call, yes in zip(calls, replaced, strict=True) if yes}
     kept = {str(call.node.target) for call, yes in zip(calls, replaced, strict=True) if not yes}
     held = (graph_module.named_modules(), graph_module.named_parameters(), graph_module.named_buffers())
-    taken = {name for named in held for name, _ in named} - {name for name in own if name} | kept
+    taken = {name for named in held for name, _ in named} - freed | kept
     functions = _free("sites", taken)
     names: list[str | None] = []
-    for call, base, yes in zip(calls, own, replaced, strict=True):
-        free = yes and not call.inside
-        names.append(_free(base or f"{functions}.{call.node.name}", taken) if free else base)
-        taken.add(str(names[-1]))
+    for call, yes in zip(calls, replaced, strict=True):
+        name = None
+        if yes:
+            name = call.inside or _free(_own_name(call) or f"{functions}.{call.node.name}", taken)
+            taken.add(name)
+        names.append(name)
     return names
+
+
+def _own_name(call: Call) -> str | None:
+    """Name of the module whose call it is; None of a function."""
+    return call.inside or (str(call.node.target) if call.node.op == "call_module" else None)
 
 
 def _free(base: str, taken: Collection[str]) -> str:

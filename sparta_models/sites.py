@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparta_models.activations import ACTIVATIONS, Activation, build_activation
 
 SHARINGS = ("site", "stage", "network")
+_WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 _SPEC = "_activation_spec"
 """Attribute of a network that `install` has filled."""
 
@@ -241,9 +242,8 @@ def like(root: nn.Module, activation: Activation) -> Activation:
 
 def bare(model: nn.Module) -> nn.Module:
     """Return the network inside what torch wraps around one; a user's own wrapper may compute something and stays."""
-    while isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel) or set(model._modules) == {
-        "_orig_mod"  # torch.compile's, whose class is slow to import
-    }:
+    # torch.compile's is known by its child: its class is slow to import.
+    while isinstance(model, _WRAPPERS) or set(model._modules) == {"_orig_mod"}:
         model = next(model.children())
     return model
 

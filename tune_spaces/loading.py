@@ -155,9 +155,15 @@ def _conditional(distribution: Distribution | Relative, when: Any, where: str) -
         raise ValueError(f"{where}: {error}") from error
 
 
-def _number(value: Any) -> float:
+def number(text: str) -> float:
+    """Read "0.1" or "8/255". Raises ValueError, ZeroDivisionError or OverflowError for anything else."""
+    text = text.replace(" ", "")
     # A Fraction of "1e99999999" would have all of its digits.
-    return float(Fraction(value.replace(" ", ""))) if isinstance(value, str) and "/" in value else float(value)
+    return float(Fraction(text)) if "/" in text else float(text)
+
+
+def _number(value: Any) -> float:
+    return number(value) if isinstance(value, str) else float(value)
 
 
 def _checked(space: Any, path: Path) -> Space:

@@ -1,10 +1,12 @@
 """What the sections share: frozen, no unknown keys, sizes written as "8/255"; and what an adversary may do."""
 
-from fractions import Fraction
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
+
+from tune_spaces.loading import number
 
 MISTAKES = 5
 """So many are told."""
@@ -22,10 +24,15 @@ def one_line(error: Exception) -> str:
     """The message of an exception on one line; of pydantic's, the first mistakes, each with its place."""
     if isinstance(error, ValidationError):
         details = error.errors()
-        mistakes = [f"{'.'.join(map(str, e['loc']))}: {mistake(e)}".removeprefix(": ") for e in details[:MISTAKES]]
-        more = [f"and {len(details) - MISTAKES} more"] if len(details) > MISTAKES else []
-        return " ".join("; ".join([*mistakes, *more]).split())
+        mistakes = [f"{'.'.join(map(str, e['loc']))}: {mistake(e)}".removeprefix(": ") for e in details]
+        return " ".join("; ".join(first_of(mistakes)).split())
     return " ".join(str(error).split())
+
+
+def first_of(mistakes: Sequence[str]) -> list[str]:
+    """The first mistakes, and how many more there are."""
+    more = [f"and {len(mistakes) - MISTAKES} more"] if len(mistakes) > MISTAKES else []
+    return [*mistakes[:MISTAKES], *more]
 
 
 def mistake(detail: ErrorDetails) -> str:
@@ -49,9 +56,8 @@ def mistake(detail: ErrorDetails) -> str:
 def parse_fraction(value: Any) -> Any:
     """Read "8/255" (pixel units of an image in [0, 1]) as the float 8 / 255; anything else is left to pydantic."""
     if isinstance(value, str):
-        text = value.replace(" ", "")
-        try:  # a Fraction of "1e99999999" would have all of its digits
-            return float(Fraction(text)) if "/" in text else float(text)
+        try:
+            return number(value)
         except (ValueError, ZeroDivisionError, OverflowError):
             raise ValueError(f'expected a number or a fraction such as "8/255", got {value!r}') from None
     return value

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.base import MISTAKES, Section, mistake, one_line
+from pipeline.config.base import Section, first_of, mistake, one_line
 from pipeline.config.chain import ChainConfig
 from tune_spaces.loading import yaml_loader
 
@@ -116,8 +116,7 @@ def validate(content: Mapping[str, Any]) -> ChainConfig:
         return ChainConfig.model_validate(content)
     except ValidationError as error:
         mistakes = list(dict.fromkeys(" ".join(_explain(detail).split()) for detail in error.errors()))
-        more = [f"and {len(mistakes) - MISTAKES} more"] if len(mistakes) > MISTAKES else []
-        raise ConfigError("\n  ".join([*mistakes[:MISTAKES], *more])) from error
+        raise ConfigError("\n  ".join(first_of(mistakes))) from error
 
 
 def _set(container: Any, path: Sequence[str], value: Any, key: str) -> Any:

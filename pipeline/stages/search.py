@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.artifacts import STARTED
 from pipeline.cluster.sweep import SearchResult, checked_space, search
 from pipeline.cluster.sweep.results import BEST, TABLE
-from pipeline.cluster.sweep.table import short_names
+from pipeline.cluster.sweep.table import brief, short_names
 from pipeline.config.base import Section
 from pipeline.config.chain import ChainConfig
 from pipeline.report import Trial
@@ -76,15 +76,11 @@ def _said(found: SearchResult, directory: Path) -> str:
     best = found.best.best
     assert best is not None, "the best trial has a result"
     names = short_names(list(found.best.values))
-    values = ", ".join(f"{names[key]}={_shown(value)}" for key, value in found.best.values.items())
+    values = ", ".join(f"{names[key]}={brief(value)}" for key, value in found.best.values.items())
     return (
         f"trial {found.best.number + 1} of {len(found.trials)} is the best, {best.robust:.1%} robust and "
         f"{best.clean:.1%} clean on validation images ({values}); {directory / BEST}, {directory / TABLE}"
     )
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _take_over(directory: Path) -> None:

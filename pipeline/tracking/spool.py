@@ -181,17 +181,18 @@ def target_name(uri: str) -> str:
     return f"{label}-{hashlib.sha256(public.encode()).hexdigest()[:8]}"
 
 
+def _holds_more(journal: Path, sent: int) -> bool:
+    """Whether whole lines follow what was sent: one that a kill tore never becomes whole. The size says no at once."""
+    return journal.is_file() and journal.stat().st_size > sent and read_journal(journal, sent)[1] > sent
+
+
 def is_pending(record: RunRecord, delivered: Delivered, root: Path) -> bool:
     """Whether a record, a journal or an artifact holds something that was not delivered."""
     return (
         delivered.revision != record.revision
         or any(wanted.digest not in delivered.versions for wanted in record.registrations)
         or not set(record.activations) <= set(delivered.activations)
-        or any(
-            # A last line that was torn by a kill never becomes a whole one.
-            read_journal(root / path, sent := delivered.offsets.get(path, 0))[1] > sent
-            for path in record.journals
-        )
+        or any(_holds_more(root / path, delivered.offsets.get(path, 0)) for path in record.journals)
         or any(
             stamp != delivered.stamps.get(a.path) for a in record.artifacts if (stamp := artifact_stamp(root / a.path))
         )
