@@ -4,6 +4,7 @@ Starting a worker group costs seconds, so jobs share groups: as many groups run 
 for, and each takes its share of the jobs one after the other.
 """
 
+import logging
 import shutil
 import time
 import uuid
@@ -29,6 +30,7 @@ Result = TypeVar("Result", bound=BaseModel)
 OnProgress = Callable[[Any, Entry], None]
 """Called in the driver with the job and each new entry of its journal."""
 
+_log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
 _STOP_GRACE_SECONDS = 1.0  # a Ray job gets 3 s between SIGTERM and SIGKILL; MLflow is told in the rest
 
@@ -61,6 +63,11 @@ def launch_many(
 
     Raises ClusterTooSmall when the cluster can never hold one job, ConnectionError when it does not answer.
     """
+    if scaling.min_workers < scaling.max_workers and any(job.training.checkpoint.every_steps is None for job in jobs):
+        _log.warning(
+            "elastic training goes back to its last checkpoint when nodes come or go, by default the end of an epoch; "
+            "set training.checkpoint.every_steps"
+        )
     return run_jobs(jobs, scaling, train=train, result_type=TrainedModel, on_progress=on_progress)
 
 
@@ -135,11 +142,12 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
             settled = len(pending)
         except WorkerGroupError as failure:
             # A job that failed for a reason of its own has said so. Otherwise, the jobs run in order, it was the first
-            # one without an outcome.
-            outcomes = [load_outcome(job.output, work.run) for job in pending]
-            own = any(outcome is not None and outcome.state == "failed" for outcome in outcomes)
-            error, settled = failure, 0 if own else 1
+            # one without an outcome. But Ray counts the failures of all together: where another one has ended
+            # meanwhile, they were not all its own, and it gets a count of its own.
+            ends = _ends(pending, work)
+            error, settled = failure, 0 if "failed" in ends or (ends and scaling.max_failures) else 1
         except Exception as failure:
+            deaths = 0 if _ends(pending, work) else deaths
             if deaths < scaling.max_failures and _is_death(failure) and _may_go_on(pending):
                 deaths += 1
                 continue
@@ -151,8 +159,13 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
             _settle(job, stopped(work.run, "stopped on request; the same job goes on from its last checkpoint"))
         for job in unsettled[:settled]:
             if job not in asked:
-                _settle(job, failed(work.run, error))
+                _settle(job, failed(work.run, error, outside=True))
         pending = [job for job in unsettled[settled:] if job not in asked]
+
+
+def _ends(jobs: Sequence[Job], work: Work) -> set[str]:
+    """How those of the jobs ended that have."""
+    return {outcome.state for job in jobs if (outcome := load_outcome(job.output, work.run)) is not None}
 
 
 def _is_death(failure: Exception) -> bool:

@@ -29,6 +29,8 @@ class Outcome(Section):
     """Type and message of the exception, on one line; of a stopped job, where it stopped."""
     details: str = ""
     """Its traceback."""
+    outside: bool = False
+    """A failure that is none of the job's own: its workers were lost for good, or never came."""
 
     def save(self, output: Path) -> None:
         """Write this outcome into the job's directory; readers see all of it or nothing."""
@@ -49,10 +51,10 @@ def done(run: str, result: BaseModel) -> Outcome:
     return Outcome(run=run, state="done", result=json.loads(result.model_dump_json()))
 
 
-def failed(run: str, error: BaseException) -> Outcome:
-    """The outcome of a job that raised."""
+def failed(run: str, error: BaseException, *, outside: bool = False) -> Outcome:
+    """The outcome of a job that raised, or that something outside of it put an end to."""
     details = "".join(traceback.format_exception(error))
-    return Outcome(run=run, state="failed", error=f"{type(error).__name__}: {error}", details=details)
+    return Outcome(run=run, state="failed", error=f"{type(error).__name__}: {error}", details=details, outside=outside)
 
 
 def stopped(run: str, where: str) -> Outcome:

@@ -11,8 +11,9 @@ class ScalingConfig(Section):
     """Workers and cluster. Nothing here but the number of workers changes a result."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Data-parallel workers. A pair (min, max) is elastic: training shrinks and grows with the cluster. They share
-    each batch, to one image evenly; it needs two images for each of them."""
+    """Data-parallel workers. A pair (min, max) is elastic: training shrinks and grows with the cluster, every time from
+    its last checkpoint, see training.checkpoint.every_steps. They share each batch, to one image evenly; it needs two
+    images for each of them."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU per worker. "auto": if the cluster has GPUs."""
     cpus_per_worker: PositiveInt = 1
@@ -20,7 +21,8 @@ class ScalingConfig(Section):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray distributes the workers over nodes."""
     max_failures: Annotated[int, Field(ge=0, le=1000)] = 3
-    """How often a training is restarted from its last checkpoint after a worker or a node died."""
+    """How often a training is restarted from its last checkpoint after a worker or a node died; up to twice as often
+    where several trainings share their workers."""
     start_attempts: PositiveInt = 3
     """How often Ray tries to start the worker group before it gives up."""
     start_timeout: Annotated[float, Field(gt=0)] = 60.0

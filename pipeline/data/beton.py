@@ -9,6 +9,7 @@ Files are read, not mapped: the page cache serves both alike, but mapped pages c
 much depends on the kernel, and one that a truncated file no longer has ends the process by SIGBUS.
 """
 
+import errno
 import multiprocessing
 import os
 import threading
@@ -235,6 +236,7 @@ class BetonReader:
 
         Raises:
             DataError: an image does not decode, or the file was cut since it was opened.
+        OSError: the disk did not answer.
         """
         out = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
         starts = self._starts[indices]
@@ -247,10 +249,16 @@ class BetonReader:
             scratch = np.empty(int(shapes.prod(1).max(initial=0)) * 3, np.uint8)
             outcome, which = _decode(self._file, starts, sizes, shapes, boxes, packed, scratch, out)
         if outcome == _SHORT:
+            self._explain(int(indices[which]))
             raise DataError(f"{self._path}: was cut while it was read, image {indices[which]} is not there; {_AGAIN}")
         if outcome == _BAD:
             raise DataError(f"{self._path}: image {indices[which]} does not decode; {_AGAIN}")
         return out
+
+    def _explain(self, index: int) -> None:
+        """Raise what kept the kernels from reading an image, unless the file ends before it."""
+        if len(self.stored(index)) == self._sizes[index]:  # raises what the operating system says
+            raise OSError(errno.EIO, f"image {index} was read only in part, and whole the second time", str(self._path))
 
     def stored(self, index: int) -> Pixels:
         """The bytes of one image as they lie in the file."""

@@ -13,5 +13,9 @@ class DataError(ValueError):
     """Data that cannot be used as it is; the message says what was expected, what came and what to do."""
 
 
+class DataUnreachableError(DataError, OSError):
+    """Data that could not be had this time, as when a disk or a network does not answer: another try may have them."""
+
+
 class FfcvMissingWarning(UserWarning):
     """FFCV is not importable: splits are stored as .npz and read into memory."""

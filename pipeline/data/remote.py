@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from pipeline.config.base import one_line
-from pipeline.data.errors import DataError
+from pipeline.data.errors import DataError, DataUnreachableError
 from pipeline.data.sidecar import (
     RECORD_NAME,
     Sidecar,
@@ -137,7 +137,7 @@ def copy_to_node(path: Path, cache: Path) -> Path:
                 _replace_by_copy(sidecar_path(path), sidecar_path(copy))
                 check_file(copy, sidecar)
     except OSError as error:
-        raise DataError(
+        raise DataUnreachableError(
             f"data.node_cache={str(cache)!r}: {path} cannot be copied there ({error}); make room there"
         ) from error
     return copy
@@ -155,13 +155,18 @@ def _replace_by_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def _one_error(what: str, advice: str) -> Iterator[None]:
-    """Whatever goes wrong as a DataError: the errors of botocore, google and aiohttp share no base but Exception."""
+    """Whatever goes wrong as a DataError: the errors of botocore, google and aiohttp share no base but Exception.
+
+    What another try will not change is known by the types that fsspec asks its backends for.
+    """
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{what} ({type(error).__name__}: {one_line(error)}); {advice}") from error
+        lasting = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
+        kind = DataError if lasting else DataUnreachableError
+        raise kind(f"{what} ({type(error).__name__}: {one_line(error)}); {advice}") from error
 
 
 def _open_url(url: str) -> tuple[Any, str]:
@@ -178,7 +183,7 @@ def _download(system: Any, remote: str, place: Path, size: int | None) -> None:
         system.get_file(remote, str(temporary))
         got = temporary.stat().st_size
         if size not in (None, got):
-            raise DataError(f"{remote}: expected {size:,} bytes, got {got:,}; try again")
+            raise DataUnreachableError(f"{remote}: expected {size:,} bytes, got {got:,}; try again")
         temporary.replace(place)
     finally:
         temporary.unlink(missing_ok=True)

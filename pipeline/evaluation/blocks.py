@@ -17,9 +17,9 @@ from pipeline.artifacts import whole
 from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import AnyAttack, EvaluationConfig, PGDAttack, TransferAttack
 from pipeline.data.errors import UNREADABLE_NPZ
+from pipeline.data.sample import Positions
 from pipeline.evaluation.attacks import run_attack
 from pipeline.evaluation.judged_model import attackable, evaluating, own_random_state, predict, short_seed
-from pipeline.evaluation.sample import Positions
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 Mask = npt.NDArray[np.bool_]

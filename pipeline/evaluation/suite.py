@@ -13,11 +13,11 @@ from pipeline.artifacts import digest_file, fingerprint
 from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import EvaluationConfig, TransferAttack
 from pipeline.data import PreparedData, open_split
+from pipeline.data.sample import Positions, sample
 from pipeline.evaluation.audit import audit
 from pipeline.evaluation.blocks import OTHER_ATTACKS, Arrays, Block, judge_block, load_arrays, pictured, save_arrays
 from pipeline.evaluation.judged_model import model_digest, num_logits
 from pipeline.evaluation.records import ARRAYS, AttackResult, ClassResult, CurvePoint, Evaluation
-from pipeline.evaluation.sample import Positions, sample
 from pipeline.evaluation.stats import Accuracy
 
 _LOG = logging.getLogger(__name__)

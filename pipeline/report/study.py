@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, model_
 from scipy import stats
 
 from pipeline.config.base import Section
-from pipeline.evaluation.sample import sample
+from pipeline.data.sample import sample
 from pipeline.evaluation.stats import CONFIDENCE, Accuracy
 
 Correct = npt.NDArray[np.bool_]

@@ -16,6 +16,7 @@ from pipeline.config.chain import ChainConfig
 from pipeline.report import Trial
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.prepare import workers_data
+from pipeline.stages.train import training_version
 from pipeline.stages.trial_runs import TrialRuns
 
 TRIALS = "trials"
@@ -53,8 +54,8 @@ def search_node(task: SearchTask) -> Node[SearchTask]:
         del sections["search"][how]
     # In order: a grid that is cut off tries the first points of it.
     sections["search"]["space"] = [[key, repr(rule)] for key, rule in checked_space(config).items()]
-    # 2: as version 2 of training.
-    return Node("search", "best", task, sections, run_search, (task.data,), version=2, trains=True)
+    version = training_version(config.training)
+    return Node("search", "best", task, sections, run_search, (task.data,), version=version, trains=True)
 
 
 def _search(context: StageContext[SearchTask]) -> StageResult:

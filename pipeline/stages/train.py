@@ -71,8 +71,15 @@ def train_node(key: str, task: TrainTask) -> Node[TrainTask]:
         "adapt": task.adapt,
     }
     needs = (task.data,) if task.bank is None else (task.data, task.bank)
+    version = training_version(task.training)
+    return Node(stage, branch, task, sections, run_training, needs, version=version, together=True, trains=True)
+
+
+def training_version(training: TrainingConfig) -> int:
+    """Of what the same settings come to."""
     # 2: AWP's own forward pass no longer moves running statistics; FGSM-RS notices a collapse from any accuracy.
-    return Node(stage, branch, task, sections, run_training, needs, version=2, together=True, trains=True)
+    # 3: validation on some images takes them from all classes.
+    return 2 if training.selection.max_samples is None else 3
 
 
 def run_training(contexts: Sequence[StageContext[TrainTask]]) -> Sequence[StageResult | Exception]:

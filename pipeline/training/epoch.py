@@ -10,8 +10,9 @@ from pipeline.artifacts import MODEL, write_atomic
 from pipeline.config.training import FGSMRSConfig
 from pipeline.training.context import Context
 from pipeline.training.errors import FrozenChangedError
-from pipeline.training.files import DamagedFilesError
+from pipeline.training.files import DamagedFilesError, sweep
 from pipeline.training.job import EpochRecord, TrainedModel, TrainJob
+from pipeline.training.memory import explain_validation_memory
 from pipeline.training.model_io import load_model, model_sha256, record_sha256, save_model
 from pipeline.training.monitor import Monitor
 from pipeline.training.reporter import percent
@@ -54,14 +55,15 @@ def end_epoch(run: Run, monitor: Monitor) -> None:
 
 def _validated(run: Run, number: int) -> EpochRecord:
     config, sums = run.job.training, run.state.sums
-    clean, robust = validate(
-        run.judged,
-        run.val_loader,
-        config.selection.threat or config.threat,
-        config.selection,
-        seed=run.job.seed,
-        context=run.context,
-    )
+    with explain_validation_memory(run.job, run.context):
+        clean, robust = validate(
+            run.judged,
+            run.val_loader,
+            config.selection.threat or config.threat,
+            config.selection,
+            seed=run.job.seed,
+            context=run.context,
+        )
     return EpochRecord(
         epoch=number,
         train_loss=sums.mean_loss,
@@ -134,6 +136,7 @@ def finish(run: Run, monitor: Monitor) -> TrainedModel:
             f"the frozen activations changed in training: digest {run.frozen_digest} before, {digest} after"
         )
     if run.context.rank == 0:
+        sweep(output, MODEL)
         save_model(output / MODEL, model, run.meta)
     run.barrier()
     chosen = next(record for record in state.history if record.epoch == state.best_epoch)

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from pipeline.artifacts import sha256_of, whole, write_atomic
 
+# The last two: something else lies where a file or a directory should.
+_CONTENT_ERRORS = (
+    ValueError, KeyError, TypeError, AttributeError, SafetensorError, IsADirectoryError, NotADirectoryError
+)  # fmt: skip
+
 
 class DamagedFilesError(ValueError):
     """Files that are missing, incomplete or altered."""
@@ -50,12 +55,12 @@ def write_directory(
     _replace(temporary, directory)
 
 
-def sweep(directory: Path) -> None:
-    """Remove the directories that a killed `write_directory` left half-written in `directory`.
+def sweep(directory: Path, name: str = "") -> None:
+    """Remove the directories that a killed `write_directory` left half-written in `directory`, of one name or of all.
 
     Only where nobody is writing: one process's leftovers look like another one's work.
     """
-    for path in directory.glob(".*"):
+    for path in directory.glob(f".{name}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -65,6 +70,7 @@ def read_directory(directory: Path, *, record: str) -> tuple[dict[str, dict[str,
 
     Raises:
         DamagedFilesError: for a file that is missing, cut off or altered.
+        OSError: when the disk does not answer, which says nothing about the files.
     """
     try:
         meta = json.loads((directory / record).read_text())
@@ -81,7 +87,7 @@ def read_directory(directory: Path, *, record: str) -> tuple[dict[str, dict[str,
         raise
     except FileNotFoundError as error:
         raise DamagedFilesError(f"expected a complete directory at {directory}, got no {error.filename}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except _CONTENT_ERRORS as error:
         raise DamagedFilesError(f"expected a complete directory at {directory}, got {error!r}") from error
 
 

@@ -1,6 +1,6 @@
 """Out of memory, explained: the numbers, and the settings that change them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,26 +22,45 @@ class Settled:
 def explain_out_of_memory(job: TrainJob, context: Context) -> Iterator[Settled]:
     """Turn torch's out-of-memory errors, of a GPU or of the CPU's allocator, into one that names the settings."""
     settled = Settled(job.training.precision)
-    try:
+    with _explained(job, context, lambda: _of_training(job, context, settled)):
         yield settled
+
+
+@contextmanager
+def explain_validation_memory(job: TrainJob, context: Context) -> Iterator[None]:
+    """The same for a validation, which has a batch size of its own."""
+    size = job.training.selection.batch_size
+    what = f"{size} validation images per worker", f"lower training.selection.batch_size={size} and begin anew"
+    with _explained(job, context, lambda: what):
+        yield
+
+
+@contextmanager
+def _explained(job: TrainJob, context: Context, explain: Callable[[], tuple[str, str]]) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise OutOfMemoryError(_explanation(job, context, settled, error)) from error
+            what, advice = explain()
+            raise OutOfMemoryError(
+                f"{job.model.name} with {what} does not fit on {context.device}{_memory(context.device)}: "
+                f"{str(error).splitlines()[0]}; {advice}"
+            ) from error
         raise
 
 
-def _explanation(job: TrainJob, context: Context, settled: Settled, error: RuntimeError) -> str:
+def _of_training(job: TrainJob, context: Context, settled: Settled) -> tuple[str, str]:
     config = job.training
     share = -(-config.batch_size // context.world_size)
-    knobs = [f"lower training.batch_size={config.batch_size}", f"raise scaling.num_workers={context.world_size}"]
+    others = [f"lower training.batch_size={config.batch_size}"]
     if settled.precision == "fp32":
-        knobs.append('set training.precision="bf16"')
+        others.append('set training.precision="bf16"')
     if config.method.kind in ("trades", "mart"):
-        knobs.append(f'use method.kind="pgd_at", which holds one batch and not two as "{config.method.kind}" does')
-    reason = str(error).splitlines()[0]
+        others.append(f'use method.kind="pgd_at", which holds one batch and not two as "{config.method.kind}" does')
     return (
-        f"{job.model.name} with {share} images per worker does not fit on {context.device}{_memory(context.device)}: "
-        f"{reason}. To go on from the last checkpoint: {'; '.join(knobs)}"
+        f"{share} images per worker",
+        f"to go on from the last checkpoint, raise scaling.num_workers={context.world_size}; "
+        f"or begin anew: {'; '.join(others)}",
     )
 
 

@@ -61,7 +61,7 @@ class Progress(BaseModel):
     history: list[EpochRecord] = []
     world_size: int = 1
     arithmetic: Arithmetic | None = None
-    """How its steps are computed; None in states from before this was noted."""
+    """How rank 0 computes its steps; None in states from before this was noted."""
     bit_exact: bool = True
     seconds: float = 0.0
     """Time in training steps, over all runs."""
@@ -77,8 +77,8 @@ class Progress(BaseModel):
         """Begin the next epoch."""
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums()
 
-    def resumed_by(self, world_size: int, arithmetic: Arithmetic) -> Self:
-        """Note how many workers go on with it, and how they compute."""
-        same = world_size == self.world_size and self.arithmetic in (None, arithmetic)
+    def resumed_by(self, world_size: int, arithmetic: Arithmetic, *, alike: bool) -> Self:
+        """Note how many workers go on with it, how the first one computes, and whether all do as is noted here."""
+        same = alike and world_size == self.world_size
         noted = {"world_size": world_size, "arithmetic": arithmetic, "bit_exact": self.bit_exact and same}
         return self.model_copy(update=noted)

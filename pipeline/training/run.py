@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config.training import FGSMRSConfig, StandardConfig, TrainingConfig
 from pipeline.data import Loader, PreparedData, open_split
+from pipeline.data.sample import sample
 from pipeline.training.attacks import attack_mode
 from pipeline.training.awp import perturbed_weights
 from pipeline.training.checkpoint import Checkpoints, gather, restore
@@ -170,10 +171,12 @@ def open_run(
             "one step; lower training.batch_size, raise training.epochs, or take a schedule that begins at its peak"
         )
     compiled = resolve_compile(config.compile, device, config.epochs * len(loader))
+    if compiled:  # what torch keeps of the networks before this one in a process counts against the number it compiles
+        torch.compiler.reset()
     side = prepared.image_size
     probe = torch.rand((2, prepared.channels, side, side), generator=torch.Generator().manual_seed(0)).to(device)
     flops = forward_flops(model, probe)
-    precision = resolve_precision(config.precision, device, flops)
+    precision = _agreed(resolve_precision(config.precision, device, flops), context)
     state = _taken_up(saved, context, Arithmetic.on(device, precision=precision, compiled=compiled))
     folded = None
     if _attack_bn(config) == "eval":
@@ -203,6 +206,12 @@ def open_run(
     )
 
 
+def _agreed(precision: str, context: Context) -> str:
+    """What all ranks can: they may be on different machines, and "auto" is each one's own opinion."""
+    votes = torch.tensor(float(precision == "bf16"), dtype=torch.float64, device=context.device)
+    return "bf16" if sum_over_ranks(votes, context.world_size).item() == context.world_size else "fp32"
+
+
 def _attack_bn(config: TrainingConfig) -> str:
     """Mode of batch norms in the training attack, also in the one that follows a collapse."""
     match config.method:
@@ -228,10 +237,12 @@ def _loaders(job: TrainJob, context: Context, prepared: PreparedData) -> tuple[L
         world_size=world_size,
         device=str(context.device),
     )
+    wanted = config.selection.max_samples
     val = open_split(
         prepared,
         "val",
         batch_size=config.selection.batch_size,
+        positions=None if wanted is None else sample(prepared.splits["val"].count, max(wanted, world_size)),
         rank=rank,
         world_size=world_size,
         device=str(context.device),
@@ -262,13 +273,17 @@ def _restored(
 
 def _taken_up(saved: Progress, context: Context, arithmetic: Arithmetic) -> Progress:
     """The saved state as this process goes on with it; rank 0 says so if it will come to other bits."""
-    state, begun = saved.resumed_by(context.world_size, arithmetic), saved.arithmetic
+    begun = saved.arithmetic
+    other = torch.tensor(float(begun not in (None, arithmetic)), dtype=torch.float64, device=context.device)
+    others = int(sum_over_ranks(other, context.world_size).item())
+    state = saved.resumed_by(context.world_size, arithmetic, alike=not others)
     if context.rank == 0 and state.world_size != saved.world_size:
         _log.warning(
             "resumed with %d workers a training begun with %d: correct, but no longer bit-exact",
             state.world_size,
             saved.world_size,
         )
-    if context.rank == 0 and begun is not None and arithmetic != begun:
-        _log.warning("resumed with %s: correct, but no longer bit-exact", arithmetic.difference(begun))
+    if context.rank == 0 and begun is not None and others:
+        what = arithmetic.difference(begun) or f"{others} of its workers on another kind of machine"
+        _log.warning("resumed with %s: correct, but no longer bit-exact", what)
     return state

@@ -21,18 +21,12 @@ def validate(
 ) -> tuple[float, float]:
     """Clean and robust accuracy in [0, 1] over all ranks' images."""
     attack = Attack(threat, selection.attack)
-    wanted = None if selection.max_samples is None else _share(selection.max_samples, context)
     totals = torch.zeros(3, dtype=torch.float64, device=context.device)
-    seen = 0
     for number, (images, labels) in enumerate(loader):
-        x, y = images[: _left(wanted, seen)], labels[: _left(wanted, seen)]
-        if not len(x):
-            break
-        seen += len(x)
         with torch.no_grad():
-            right = model(x).argmax(1) == y
+            right = model(images).argmax(1) == labels
         generator = generator_for(context.device, seed, "validation", number, context.rank)
-        x, y = x[right], y[right]
+        x, y = images[right], labels[right]
         if len(x):
             x_adv = attack(model, x, y, 1.0, generator)
             with torch.no_grad():
@@ -41,11 +35,3 @@ def validate(
         totals[1] += right.sum()
     count, clean, robust = sum_over_ranks(totals, context.world_size).tolist()
     return clean / count, robust / count
-
-
-def _share(samples: int, context: Context) -> int:
-    return len(range(context.rank, max(samples, context.world_size), context.world_size))
-
-
-def _left(wanted: int | None, seen: int) -> int | None:
-    return None if wanted is None else max(wanted - seen, 0)

@@ -15,8 +15,11 @@ from pipeline.cluster import Capacity, TrainingFailed, ensure_ray, reserved_devi
 from pipeline.cluster.outcome import Outcome, done, failed, load_outcome, request_stop
 from pipeline.cluster.session import start_thread
 from pipeline.cluster.worker import Work, worth_retrying
+from pipeline.config.model import ModelConfig
 from pipeline.config.scaling import ScalingConfig
-from pipeline.training import TrainingStopped
+from pipeline.config.training import CheckpointConfig, TrainingConfig
+from pipeline.data.errors import DataError, DataUnreachableError
+from pipeline.training import TrainingStopped, TrainJob
 
 pytestmark = [
     pytest.mark.slow,  # imports ray.train
@@ -104,6 +107,53 @@ def test_a_job_that_fails_for_its_own_reason_takes_no_other_along(
     assert all(isinstance(result, ToyResult) for result in results(made)[3:])
 
 
+@pytest.mark.parametrize("max_failures", [0, 3])
+def test_every_job_bears_failures_of_its_own(
+    max_failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six jobs that each lose a node `max_failures` times, in one group; the last one once more, in every fit."""
+    from ray.train import WorkerGroupError
+
+    made = [ToyJob(output=tmp_path / str(number), seed=number) for number in range(6)]
+    left = dict.fromkeys(range(5), max_failures) | {5: 1000}
+
+    def fit(work: Work, *_: object) -> None:
+        for _ in range(max_failures + 1):  # as Ray Train counts: over all jobs of the group
+            for job in (job for job in work.jobs if load_outcome(job.output, work.run) is None):
+                if left[job.seed]:
+                    left[job.seed] -= 1
+                    break
+                done(work.run, ToyResult(seed=job.seed, world_size=2, total=1.0, backend="gloo")).save(job.output)
+            else:
+                return
+        raise WorkerGroupError("workers failed", {0: RuntimeError("node lost")})
+
+    monkeypatch.setattr(launching, "_fit", fit)
+    scaling = ScalingConfig(num_workers=2, max_failures=max_failures)
+    launching._run_group(Work("run", made, toy_train), scaling, Capacity(({"CPU": 2.0},)))
+    assert all(isinstance(result, ToyResult) for result in results(made)[:5])
+    outcome = load_outcome(made[5].output, "run")
+    assert outcome is not None
+    assert (outcome.state, outcome.outside) == ("failed", True)
+    assert max_failures + 1 <= 1000 - left[5] <= 2 * max_failures + 1
+
+
+@pytest.mark.parametrize(("workers", "every_steps", "warned"), [((1, 2), None, 1), ((1, 2), 50, 0), (2, None, 0)])
+def test_elastic_training_without_checkpoints_inside_epochs_is_warned_of(
+    workers: int | tuple[int, int],
+    every_steps: int | None,
+    warned: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(launching, "run_jobs", lambda *_, **__: [])
+    training = TrainingConfig(checkpoint=CheckpointConfig(every_steps=every_steps))
+    job = TrainJob(model=ModelConfig(), data=tmp_path, training=training, output=tmp_path)
+    launching.launch_many([job], ScalingConfig(num_workers=workers))
+    assert caplog.text.count("set training.checkpoint.every_steps") == warned
+
+
 @pytest.mark.parametrize(("reserved", "device"), [([], "cpu"), (["1"], "cuda:0")])
 def test_a_task_without_a_gpu_of_its_own_leaves_those_of_others_alone(
     reserved: list[str], device: str, monkeypatch: pytest.MonkeyPatch
@@ -133,8 +183,15 @@ def test_jobs_whose_outcome_finds_no_room_fail_with_a_word_of_it(full_disk: None
 def test_only_what_came_from_outside_the_job_is_tried_again() -> None:
     from ray.exceptions import ActorDiedError
 
-    outside = (ActorDiedError(), RuntimeError("connection closed by peer"), OSError("disk"))
-    inside = (ValueError("settings"), ArithmeticError("diverged"), torch.OutOfMemoryError("16 GiB"))
+    outside = (
+        ActorDiedError(), RuntimeError("connection closed by peer"), OSError("disk"), DataUnreachableError("s3: 503")
+    )  # fmt: skip
+    inside = (
+        ValueError("settings"),
+        DataError("altered"),
+        ArithmeticError("diverged"),
+        torch.OutOfMemoryError("16 GiB"),
+    )
     assert all(worth_retrying(error) for error in outside)
     assert not any(worth_retrying(error) for error in inside)
 

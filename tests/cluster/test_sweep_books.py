@@ -63,12 +63,12 @@ def test_the_board_records_why_a_trial_failed_and_goes_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("error", "retry"), [("WorkerGroupError: node lost", True), ("OutOfMemoryError: CUDA out of memory", False)]
+    ("error", "retry"), [("TimeoutError: no room for 8 workers", True), ("OutOfMemoryError: CUDA out of memory", False)]
 )
 def test_workers_that_are_lost_are_a_fault_from_outside_and_what_they_raise_is_not(error, retry, tmp_path: Path):
     board = make_board(tmp_path)
     trial = board.next()
-    Outcome(run="run", state="failed", error=error).save(tmp_path / trial.job_directory)
+    Outcome(run="run", state="failed", error=error, outside=retry).save(tmp_path / trial.job_directory)
     board.ended(trial.number)
     (record,) = load_trials(tmp_path)
     assert (record.state, record.error, record.retry) == ("failed", error, retry)

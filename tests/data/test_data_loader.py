@@ -349,6 +349,20 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_signal(request, 
             list(batches)
 
 
+@pytest.mark.parametrize("kind", ["rgb", "photos"])
+def test_a_disk_that_does_not_answer_is_told_from_a_file_that_was_cut(request, kind, tmp_path):
+    prepared = request.getfixturevalue(kind)
+    with open_split(prepared, "train", batch_size=1, loader="ffcv") as loader:
+        batches = iter(loader)
+        next(batches)
+        unreadable = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
+        os.dup2(unreadable, loader._reader._file)
+        os.close(unreadable)
+        with pytest.raises(OSError, match="Bad file descriptor") as caught:
+            list(batches)
+    assert not isinstance(caught.value, DataError)
+
+
 @pytest.mark.parametrize(("ranks", "ranks_here", "threads"), [(1, None, 8), (4, None, 2), (8, "2", 4), (8, "8", 1)])
 def test_jpeg_decoders_share_the_cores_of_their_own_node(photos, monkeypatch, ranks, ranks_here, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))

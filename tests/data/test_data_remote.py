@@ -16,6 +16,7 @@ from fsspec.spec import AbstractFileSystem
 
 from pipeline.config.data import DataConfig
 from pipeline.data import DataError, PreparedData, open_split, prepare
+from pipeline.data.errors import DataUnreachableError
 from pipeline.data.paths import as_url
 from pipeline.data.remote import copy_to_node, fetch_file, publish
 from pipeline.data.sidecar import sidecar_path
@@ -114,6 +115,19 @@ def test_whatever_a_backend_raises_is_one_line_with_what_to_do(backends, rgb_npz
         publish(rgb_npz.directory, "refusing://b/x") if use is None else use("refusing://b/x")
     assert "check the address and your credentials" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"), [(TimeoutError("503 Slow Down"), True), (FileNotFoundError("no key"), False)]
+)
+def test_what_another_try_may_have_is_told_from_what_is_not_there(backends, monkeypatch, error, again):
+    def info(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Refusing, "info", info)
+    with pytest.raises(DataError) as caught:
+        fetch_file("refusing://b/x")
+    assert isinstance(caught.value, DataUnreachableError) == again
 
 
 @pytest.mark.parametrize(("url", "package"), [("s3://b/x.npz", "s3fs"), ("gs://b/x.npz", "gcsfs")])

@@ -10,8 +10,8 @@ from pipeline.config.base import ThreatModel
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluation import AuditConfig, CurveConfig, EvaluationConfig, NoiseAttack
 from pipeline.data import PreparedData, open_split, prepare
+from pipeline.data.sample import sample
 from pipeline.evaluation import evaluate
-from pipeline.evaluation.sample import sample
 
 CONFIG = EvaluationConfig(
     threat=ThreatModel(eps=0.1),

@@ -12,7 +12,7 @@ import torch
 from pipeline.artifacts import StageRecord, damaged_outputs, digest_outputs, load_record, save_record
 from pipeline.config.load import load_config
 from pipeline.data import open_split, prepare
-from pipeline.evaluation.sample import sample
+from pipeline.data.sample import sample
 from pipeline.training.model_io import load_model, model_sha256
 from sparta_models import ActivationBank, build_model, pretrained_banks
 from sparta_models.bank import PRETRAINED

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.evaluation.sample import sample
+from pipeline.data.sample import sample
 from pipeline.evaluation.stats import Accuracy
 from pipeline.report.cells import TwoByTwo
 from pipeline.report.study import Entry, Mean, Role, Study

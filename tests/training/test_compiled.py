@@ -1,8 +1,11 @@
 """torch.compile on the CPU: attack and training step come to the same as eagerly, up to rounding. Takes minutes."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from pipeline.config.model import ActivationConfig
 from pipeline.config.training import AttackConfig, PGDATConfig, TrainingConfig
 from pipeline.training import Context, train
 from pipeline.training.fold import FoldedShadow
@@ -31,6 +34,19 @@ def trained_for_three_steps(*, compiled: bool) -> tuple[SmallNet, list[float]]:
         optimizer.step()
         losses.append(loss.item())
     return net, losses
+
+
+def test_every_training_of_a_process_is_compiled(make_job, monkeypatch, caplog):
+    """torch counts what it keeps of all networks of a process, and stops at its limit without an error."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    counts = torch._dynamo.utils.counters["stats"]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number, name in enumerate(["relu", "silu", "gelu"]):
+            before = counts["unique_graphs"]
+            job = make_job(str(number), epochs=1, compile="on", activation=ActivationConfig(name=name))
+            train(job, Context())
+            assert counts["unique_graphs"] - before == 4  # two batch sizes, each attacked and trained on
+    assert "recompile_limit" not in caplog.text
 
 
 @pytest.mark.extended

@@ -1,5 +1,6 @@
 """The whole training in a plain process: the same seed gives the same bits, also across a kill, and it ends well."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -36,6 +37,7 @@ from pipeline.training import (
     train,
 )
 from pipeline.training import epoch as epoch_module
+from pipeline.training import files as files_module
 from pipeline.training import loop as loop_module
 from pipeline.training import monitor as monitor_module
 from pipeline.training import run as run_module
@@ -141,6 +143,48 @@ def test_resumed_where_auto_is_another_precision_says_it_is_not_bit_exact(make_j
     trained = train(job, Context())
     assert (trained.bit_exact, trained.precision) == (False, "bf16")
     assert "resumed with precision bf16 instead of fp32: correct, but no longer bit-exact" in caplog.text
+
+
+def test_resumed_where_other_workers_are_on_another_machine_says_it_is_not_bit_exact(make_job, monkeypatch, caplog):
+    job = make_job(**RICH)
+    train_until(job, 4, monkeypatch)
+    real = run_module._taken_up
+
+    def of_two(saved, context, arithmetic):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "sum_over_ranks", lambda values, world_size: values + 1)
+            return real(saved, context, arithmetic)
+
+    monkeypatch.setattr(run_module, "_taken_up", of_two)
+    assert not train(job, Context()).bit_exact
+    assert "resumed with 1 of its workers on another kind of machine: correct, but no longer bit-exact" in caplog.text
+
+
+@pytest.mark.parametrize(("votes", "agreed"), [(1.0, "fp32"), (2.0, "bf16")])
+def test_auto_takes_the_precision_that_all_workers_would(votes, agreed, monkeypatch):
+    monkeypatch.setattr(run_module, "sum_over_ranks", lambda values, world_size: torch.full_like(values, votes))
+    assert run_module._agreed("bf16", Context(world_size=2)) == agreed
+
+
+def test_a_disk_that_does_not_answer_costs_no_checkpoint(make_job, monkeypatch):
+    job = make_job(**RICH)
+    train_until(job, 4, monkeypatch)
+    real = files_module.sha256_of
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(files_module, "sha256_of", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        train(job, Context())
+    monkeypatch.setattr(files_module, "sha256_of", real)
+    steps = []
+    real_step = loop_module.train_step
+    monkeypatch.setattr(
+        loop_module, "train_step", lambda run, x, y: steps.append(run.state.step) or real_step(run, x, y)
+    )
+    train(job, Context())
+    assert steps == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -343,6 +387,17 @@ def test_out_of_memory_of_the_processor_is_explained_too(make_job, monkeypatch):
         OutOfMemoryError, match=r"does not fit on cpu: .*DefaultCPUAllocator.*lower training.batch_size"
     ):
         train(make_job(), Context())
+
+
+def test_out_of_memory_of_a_validation_names_its_own_batch_size(make_job, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(epoch_module, "validate", full)
+    message = "256 validation images per worker does not fit .*; lower training.selection.batch_size=256 and begin anew"
+    with pytest.raises(OutOfMemoryError, match=message) as caught:
+        train(make_job(), Context())
+    assert "training.batch_size" not in str(caught.value)
 
 
 @pytest.mark.parametrize("resolved", ["fp32", "bf16"])

@@ -2,16 +2,19 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.config.base import ThreatModel
+from pipeline.config.data import DataConfig
 from pipeline.config.training import AttackConfig, SelectionConfig
-from pipeline.data import open_split
+from pipeline.data import open_split, prepare
 from pipeline.training import Context
 from pipeline.training.network import shadow
 from pipeline.training.progress import Progress, Sums
 from pipeline.training.reporter import Reporter
+from pipeline.training.run import open_run
 from pipeline.training.validation import validate
 from sparta_models import build_model
 
@@ -65,13 +68,21 @@ def test_random_starts_are_the_same_every_time(judged, digits):
     assert run(judged, digits, attack=attack) == run(judged, digits, attack=attack)
 
 
-def test_no_more_than_the_wanted_images_are_judged(judged, digits):
-    sizes = []
-    judged.register_forward_hook(lambda _m, args, _z: sizes.append(len(args[0])))
-    clean, robust = run(judged, digits, batch_size=8, max_samples=10)
-    assert sizes[0] == 8
-    assert 2 in sizes
-    assert (10 * clean) % 1 == (10 * robust) % 1 == 0
+@pytest.mark.parametrize("wanted", [5, None])
+def test_of_a_split_that_is_sorted_by_class_all_classes_are_judged(wanted, make_job, tmp_path):
+    labels = np.repeat(np.arange(5), 40)
+    images = np.random.default_rng(0).integers(0, 256, (220, 8, 8), dtype=np.uint8)
+    arrays = {"train_images": images[:200], "train_labels": labels}
+    np.savez(tmp_path / "sorted.npz", **arrays, test_images=images[200:], test_labels=labels[::10])
+    config = DataConfig(dataset="npz", path=str(tmp_path / "sorted.npz"), loader="memory", val_fraction=0.5)
+    data = prepare(config, tmp_path / "data", seed=0)
+    selection = SelectionConfig(attack=EXACT, max_samples=None if wanted is None else 10 * wanted)
+    job = make_job(selection=selection).model_copy(update={"data": data.directory})
+    run = open_run(job, Context(), data, None, "")
+    with run.loader, run.val_loader as loader:
+        y = torch.cat([y for _, y in loader])
+    assert len(y) == 10 * (wanted or 10)
+    assert set(y.tolist()) == set(range(5))
 
 
 def state(step, *, robust_count=0.0):

@@ -16,9 +16,6 @@ from pipeline.config.search import Objective
 OnTrial = Callable[[Trial], None]
 """Called in the driver at the start of a trial, after each of its epochs, and at its end."""
 
-_LOST_WORKERS = ("WorkerGroupError:", "ControllerError:")
-"""How the outcome begins that a trial of several workers is given when they are lost for good."""
-
 
 class Board:
     """All trials of a sweep in `root`. Its methods are called by one thread, the one that runs the sweep."""
@@ -101,7 +98,7 @@ class Board:
         elif state == "failed" and not error:
             error = "ended without a single epoch"
         # What a training fails of by itself, it leaves as its outcome.
-        retry = state == "failed" and (outcome is None or outcome.error.startswith(_LOST_WORKERS))
+        retry = state == "failed" and (outcome is None or outcome.outside)
         trial = trial.lasting(self._elapsed(number)).model_copy(update={"state": state, "error": error, "retry": retry})
         self._keep(trial)
         self._sampler.tell(trial)

@@ -1,6 +1,6 @@
-"""Which test images are judged where not all are: the first ones of one fixed order, whatever the model and the seed.
+"""Which images are judged where not all are: the first ones of one fixed order, whatever the model and the seed.
 
-A folder of images is read class by class, so the head of a test split may hold one class alone. And since a smaller
+A folder of images is read class by class, so the head of a split may hold one class alone. And since a smaller
 sample is a part of every larger one, results on the same images can be paired.
 """
 
