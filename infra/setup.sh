@@ -33,7 +33,7 @@ there() { # digest of what is installed of all that the parts need which may be 
   {
     command -v g++ pkg-config || true
     env -u PKG_CONFIG_PATH pkg-config --modversion opencv4 libturbojpeg || true
-    dpkg-query -W -f='${Package} ${Status}\n' g++ pkg-config libopencv-dev libopencv-core-dev libopencv-imgproc-dev \
+    dpkg-query -W -f='${Package} ${Status}\n' g++ pkg-config python3.11-dev libopencv-dev libopencv-core-dev libopencv-imgproc-dev \
       libturbojpeg0-dev libgl1 libglib2.0-0 chromium fonts-dejavu-core postgresql || true
   } 2>/dev/null | sha256sum | cut -d' ' -f1
 }
@@ -101,9 +101,11 @@ missing=() # parts that are done without
 # --- FFCV --------------------------------------------------------------------------------------------------------
 # Its build asks pkg-config for the whole of OpenCV but uses core and imgproc only: two development packages (49 MB
 # instead of 684 MB) and a shim that answers for the rest. opencv-python, which it imports, wants libGL and glib.
+headers=() # of a Python of the system's; any other has brought its own
+[ -f "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || headers=(python3.11-dev)
 light_opencv() {
   local shim="$venv/opencv-shim"
-  apt_install g++ pkg-config libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev libgl1 libglib2.0-0 || return 1
+  apt_install g++ pkg-config "${headers[@]}" libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev libgl1 libglib2.0-0 || return 1
   mkdir -p "$shim/include/opencv2" "$shim/pkgconfig"
   printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$shim/include/opencv2/opencv.hpp"
   {
@@ -115,14 +117,14 @@ light_opencv() {
   } >"$shim/pkgconfig/opencv4.pc"
   export PKG_CONFIG_PATH="$shim/pkgconfig${PKG_CONFIG_PATH:+:$PKG_CONFIG_PATH}"
 }
-full_opencv() { unset PKG_CONFIG_PATH; apt_install g++ pkg-config libopencv-dev libturbojpeg0-dev; }
+full_opencv() { unset PKG_CONFIG_PATH; apt_install g++ pkg-config "${headers[@]}" libopencv-dev libturbojpeg0-dev; }
 have_ffcv() { "$venv/bin/python" -c 'import ffcv' >/dev/null 2>&1; }
 build_ffcv() { pip install --quiet -c infra/constraints.txt ffcv==1.0.2 >"$venv/ffcv-build.log" 2>&1 && have_ffcv; }
 
 if ! have_ffcv; then
   say "building FFCV"
   if ! { light_opencv && build_ffcv; } && ! { full_opencv && build_ffcv; } && ! build_ffcv; then
-    warn "FFCV could not be built (details: .venv/ffcv-build.log); the in-memory loader takes its place. Needs, as root: apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev"
+    warn "FFCV could not be built (details: .venv/ffcv-build.log); the in-memory loader takes its place. Needs, as root: apt-get install g++ pkg-config ${headers[*]:-} libopencv-dev libturbojpeg0-dev"
     missing+=(FFCV)
   fi
 fi

@@ -36,7 +36,9 @@ address_of_head() { srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" hostn
 address="$(address_of_head --ip-address)"
 # Where /etc/hosts gives a machine's own name a loopback address (Debian does), no other node would find it there.
 if [ "${#nodes[@]}" -gt 1 ] && [[ $address == 127.* ]]; then address="$(address_of_head --all-ip-addresses)"; fi
-port=$((20000 + SLURM_JOB_ID % 20000)) # another user's Ray on the same node has another
+# Another user's Ray on the same node has another port and another folder; the other nodes take over the head's.
+port=$((20000 + SLURM_JOB_ID % 20000))
+temporary="/tmp/sparta-$SLURM_JOB_ID"
 
 steps=()
 # shellcheck disable=SC2329 # the trap below calls it
@@ -44,13 +46,13 @@ cleanup() {
   trap - EXIT TERM INT
   for step in "${steps[@]}"; do kill "$step" 2>/dev/null || true; done
   wait 2>/dev/null || true
-  rm -f "$token"
+  rm -rf "$token" "$temporary"
 }
 trap cleanup EXIT
 
 common=(--num-cpus "$SRUN_CPUS_PER_TASK" --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --block)
 srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" \
-  ray start --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 "${common[@]}" &
+  ray start --head --node-ip-address="$address" --port="$port" --temp-dir="$temporary" --dashboard-host=127.0.0.1 "${common[@]}" &
 steps+=($!)
 for node in "${nodes[@]:1}"; do
   srun --nodes=1 --ntasks=1 --overlap --nodelist="$node" ray start --address="$address:$port" "${common[@]}" &

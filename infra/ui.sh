@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The MLflow UI over everything under runs/, on this machine alone. PORT=5001 make ui takes another port;
 # BIND=0.0.0.0 make ui opens it to the network, without a password: infra/mlflow/ has a server with one. It answers under
-# this machine's names and addresses; MLFLOW_SERVER_ALLOWED_HOSTS=NAME:PORT,... replaces them.
+# this machine's names and addresses; MLFLOW_SERVER_ALLOWED_HOSTS=NAME:PORT,... replaces them, and behind a TLS proxy
+# MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=https://NAME,... what they are for a browser (http://NAME:PORT).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,6 +22,8 @@ case "$host" in
       allowed="$allowed${allowed:+,}$name:$port"
     done
     export MLFLOW_SERVER_ALLOWED_HOSTS="${MLFLOW_SERVER_ALLOWED_HOSTS:-$allowed}"
+    origins="http://${MLFLOW_SERVER_ALLOWED_HOSTS//,/,http://}" # what a browser sends with every request of the UI
+    export MLFLOW_SERVER_CORS_ALLOWED_ORIGINS="${MLFLOW_SERVER_CORS_ALLOWED_ORIGINS:-$origins}"
     ;;
 esac
 echo "MLflow UI  http://$host:$port/?workflowType=machine_learning   (Ctrl-C ends it)"

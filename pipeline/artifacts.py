@@ -74,9 +74,20 @@ class StageRecord(Section):
     @classmethod
     def _below_the_directory(cls, outputs: dict[str, FileDigest]) -> dict[str, FileDigest]:
         """Damaged outputs are deleted, so a record from elsewhere may name nothing else."""
-        if strangers := [name for name in outputs if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise ValueError(f"expected names below the stage's directory, got {', '.join(strangers)}")
+        for name in outputs:
+            below(name)
         return outputs
+
+
+def below(name: str) -> str:
+    """A name in a record, which must be below the record's own directory.
+
+    Raises:
+        ValueError: it leads out of there.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"expected names below the record's directory, got {name}")
+    return name
 
 
 def canonical(value: Any) -> str:

@@ -24,12 +24,16 @@ from pydantic import ValidationError
 from pipeline.artifacts import runs_root
 from pipeline.config.base import mistake, one_line
 from pipeline.config.tracking import DATABASE, TrackingConfig, database_uri, redact
+from pipeline.tracking.lineage import DIGEST_TAG
 from pipeline.tracking.registry import Registry
 
 if TYPE_CHECKING:
     from torch import nn
 
 CHAMPION = "champion"
+_OVERRIDE_TAGS = ("promoted_anyway", "promotion_refused")
+_OWN_TAGS = {"promotion", "promoted_by", "evaluated_weights", "digest", DIGEST_TAG, *_OVERRIDE_TAGS}
+"""Tags that others take for evidence."""
 _OPTIONS: dict[int | str, str] = {"uri": "--uri", "registry_model": "--model"}
 
 
@@ -156,6 +160,10 @@ def _pair(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator or not re.fullmatch(r"[\w. :/-]{1,250}", key):
         raise ValueError(f"expected --tag KEY=VALUE with a key of letters, digits, blanks and _-.:/, got {text!r}")
+    if key in _OWN_TAGS:
+        raise ValueError(
+            f"expected --tag KEY=VALUE with a key of your own, got {key!r}, which only this program writes"
+        )
     return key, value
 
 
@@ -179,7 +187,7 @@ def _promote(registry: Registry, options: argparse.Namespace) -> None:
     if reasons:
         tags |= {"promoted_anyway": options.promote_anyway, "promotion_refused": "; ".join(reasons)}
     else:
-        registry.remove_tags(found.reference, ("promoted_anyway", "promotion_refused"))
+        registry.remove_tags(found.reference, _OVERRIDE_TAGS)
     registry.set_tags(found.reference, tags)
     registry.set_alias(found.reference, CHAMPION)
     print(f"{found.reference} is @{CHAMPION}: {verdict.statement}")

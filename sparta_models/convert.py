@@ -11,7 +11,7 @@ import inspect
 import io
 import itertools
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +110,16 @@ def convert(
         only: kinds to replace, values of `KINDS`, or one of them; None for all.
 
     Raises:
+        TypeError: for what is no network: a name, a class.
         ValueError: for a network that cannot be copied or that torch.fx can't trace, one whose graph depends on the
             training mode, one that in its forward switches gradients or autocast, draws random numbers or changes a
             buffer in a way that a graph cannot hold, one with lazy parameters, one that refuses the input shape, one
             without activations to replace, one that has sites already, or an unknown kind or activation.
     """
-    if any(isinstance(module, Site) for module in model.modules()):
+    network = bare(model)
+    if not (isinstance(input_shape, Sequence) and len(input_shape) == 3):
+        raise ValueError(f"expected input_shape (C, H, W), got {input_shape!r}")
+    if any(isinstance(module, Site) for module in network.modules()):
         raise ValueError(
             "expected a network without activation sites, got one that has them; sparta_models.install changes what "
             "stands there"
@@ -124,7 +128,6 @@ def convert(
     unknown = sorted(set(only or ()) - set(KINDS.values()))
     if unknown:
         raise ValueError(f"unknown kinds {unknown}; known: {', '.join(sorted(set(KINDS.values())))}")
-    network = bare(model)
     graph_module = _trace(_bare_copy(network))
     _keep_buffers(graph_module, set(network.state_dict()))
     _propagate(graph_module, input_shape)

@@ -241,7 +241,13 @@ def like(root: nn.Module, activation: Activation) -> Activation:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the network inside what torch wraps around one; a user's own wrapper may compute something and stays."""
+    """Return the network inside what torch wraps around one; a user's own wrapper may compute something and stays.
+
+    Raises:
+        TypeError: for what is no module: a name, a class.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a network, a torch.nn.Module, got {model!r}")
     # torch.compile's is known by its child: its class is slow to import.
     while isinstance(model, _WRAPPERS) or set(model._modules) == {"_orig_mod"}:
         model = next(model.children())

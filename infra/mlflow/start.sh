@@ -6,6 +6,7 @@
 #   MLFLOW_ARTIFACTS_DESTINATION   s3://BUCKET; a directory for trials without a store
 #   MLFLOW_S3_ENDPOINT_URL    of a store of your own; the bucket is then made when it is missing
 #   MLFLOW_SERVER_ALLOWED_HOSTS   NAME:PORT,... under which a proxy asks; without it 127.0.0.1, localhost, private addresses
+#   MLFLOW_SERVER_CORS_ALLOWED_ORIGINS   https://NAME,... what that proxy is for a browser, which the UI needs
 #   HOST, PORT                127.0.0.1 and 5000
 set -euo pipefail
 
@@ -48,7 +49,7 @@ export MLFLOW_AUTH_CONFIG_PATH
 cat >"$MLFLOW_AUTH_CONFIG_PATH" <<END
 [mlflow]
 default_permission = READ
-database_uri = $MLFLOW_BACKEND_STORE_URI
+database_uri = ${MLFLOW_BACKEND_STORE_URI//%/%%}
 auth_cache_ttl_seconds = 60
 END
 

@@ -138,7 +138,10 @@ def _groups(paths: list[Path], root: Path, pattern: str | None) -> npt.NDArray[n
     keys: list[Any] = []
     for path in paths:
         match = re.search(pattern, path.relative_to(root).as_posix())
-        if match is None:
-            raise DataError(f"data.group_pattern={pattern!r} does not match {path.relative_to(root).as_posix()!r}")
+        if match is None or match.group(1) is None:
+            raise DataError(
+                f"data.group_pattern={pattern!r} finds no group in {path.relative_to(root).as_posix()!r}; "
+                "every image needs one"
+            )
         keys.append(match.group(1))
     return np.unique(np.array(keys), return_inverse=True)[1].astype(np.int64)

@@ -91,7 +91,7 @@ class PreparedData(Section):
             ) from None
         except ValidationError as error:
             raise DataError(f"{directory / RECORD_NAME}: {one_line(error)}; run the prepare stage again") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{directory / RECORD_NAME} is not JSON ({error}); run the prepare stage again") from error
         prepared._directory = directory
         return prepared

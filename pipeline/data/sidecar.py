@@ -83,7 +83,7 @@ def read_sidecar(path: Path) -> Sidecar:
                 f"{path}: expected a file that the prepare stage wrote, got one without {place.name}"
             ) from None
         raise DataError(f"{path}: its sidecar {place.name} is missing, so it cannot be checked; {_REBUILD}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: expected a JSON sidecar, got something else ({error}); {_REBUILD}") from error
     if isinstance(raw, dict) and raw.get("format_version") != FORMAT_VERSION:
         got = raw.get("format_version")

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from pipeline.evaluation.sources import FORMS, open_data, open_model
 from pipeline.evaluation.stats import Accuracy
 from pipeline.evaluation.suite import evaluate
 from pipeline.evaluation.text import describe
+
+_ROUNDING = 1e-6
+"""By which images of other tools may leave [0, 1]."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,16 +127,28 @@ def _named_model(text: str, device: str) -> tuple[str, nn.Module]:
     return name, open_model(source, device=device)
 
 
-def _judge(arguments: argparse.Namespace) -> None:
-    if not arguments.file.is_file():
-        raise ValueError(f"expected an .npz with x_adv and y, got {arguments.file}, which is no file")
-    arrays = load_arrays(arguments.file)
+def _adversarial(file: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    if not file.is_file():
+        raise ValueError(f"expected an .npz with x_adv and y, got {file}, which is no file")
+    arrays = load_arrays(file)
     if arrays is None or not {"x_adv", "y"} <= arrays.keys():
-        raise ValueError(f"expected an .npz with x_adv (N, C, H, W) and y (N,), got {arguments.file}")
+        raise ValueError(f"expected an .npz with x_adv (N, C, H, W) and y (N,), got {file}")
+    x_adv, y = arrays["x_adv"], arrays["y"]
+    numbers = x_adv.dtype.kind in "fiu" and x_adv.size > 0
+    least, most = (float(x_adv.min()), float(x_adv.max())) if numbers else (math.nan, math.nan)
+    if x_adv.dtype.kind != "f" or x_adv.ndim != 4 or not (least >= -_ROUNDING and most <= 1 + _ROUNDING):
+        found = f" from {least:g} to {most:g}" if numbers else ""
+        raise ValueError(f"expected x_adv (N, C, H, W) of floats in [0, 1], got {x_adv.dtype} {x_adv.shape}{found}")
+    if y.dtype.kind not in "iu" or y.shape != x_adv.shape[:1] or y.min() < 0:
+        raise ValueError(f"expected y ({len(x_adv)},) of labels from 0 on, got {y.dtype} {y.shape}")
+    return torch.from_numpy(x_adv).float(), torch.from_numpy(y).long()
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    x_adv, y = _adversarial(arguments.file)
     model = open_model(
         arguments.model, network=arguments.network, registry_root=arguments.registry_root, device=arguments.device
     )
-    x_adv, y = torch.from_numpy(arrays["x_adv"]).float(), torch.from_numpy(arrays["y"]).long()
     if (num := num_logits(model, x_adv[:1].to(arguments.device))) <= int(y.max()):
         raise ValueError(f"expected a model of at least {int(y.max()) + 1} classes, as the labels ask for, got {num}")
     with evaluating(model):

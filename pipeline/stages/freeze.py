@@ -131,7 +131,8 @@ def _version(context: StageContext[BankTask], bank: ActivationBank) -> str | Non
     try:
         known = context.services.registry.holding(bank_digest(directory)).reference
     except (ValueError, ConnectionError):
-        tags = {**bank.source, **bank_tags(bank), "schema": str(SCHEMA), "taken_from": label}
+        said = {f"source.{key}": text for key, text in bank.source.items()}  # by whoever made it: no tags of ours
+        tags = {**said, **bank_tags(bank), "schema": str(SCHEMA), "taken_from": label}
         description = f"{bank.spec.name} activation of {bank.architecture}, trained elsewhere ({label})."
         return context.run.register(directory, tags=tags, description=description, alias=None)
     context.run.activation(known)

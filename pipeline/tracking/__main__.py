@@ -13,10 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from pipeline.config.base import mistake
 from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.client import first_line
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.spool import Spool
+
+_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +66,23 @@ def _delivery(directory: Path, uri: str | None) -> Delivery:
             "which no file keeps"
         )
     config = noted or TrackingConfig()
-    return Delivery(config.model_copy(update={"uri": uri}) if uri else config, spool)
+    if not uri:
+        _require_own_choice(config.uri, directory)
+        return Delivery(config, spool)
+    try:
+        return Delivery(TrackingConfig.model_validate({**config.model_dump(), "uri": uri}), spool)
+    except ValidationError as error:
+        raise ValueError(f"--uri: {mistake(error.errors()[0])}") from error
+
+
+def _require_own_choice(noted: str | None, directory: Path) -> None:
+    """The directory may come from elsewhere: where it says to deliver to is no place for the user's own passwords."""
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    if noted and noted != named and (named or any(os.environ.get(name) for name in _CREDENTIALS)):
+        raise ValueError(
+            f"expected --uri: {directory} says to deliver to {redact(noted)}, and "
+            + (f"MLFLOW_TRACKING_URI names {redact(named)}" if named else "your environment holds credentials")
+        )
 
 
 def _status(delivery: Delivery) -> int:

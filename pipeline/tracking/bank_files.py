@@ -36,7 +36,8 @@ def manifest(directory: Path) -> dict[str, str]:
     for path in files:
         if path.is_symlink() or not path.is_file() or path.suffix not in SUFFIXES:
             raise ValueError(
-                f"expected only plain {' and '.join(SUFFIXES)} files in a bank directory, got {path.name!r}; remove it"
+                f"expected only plain {' and '.join(SUFFIXES)} files in a bank directory, got {path.name!r} in "
+                f"{str(directory)!r}; a bank needs a folder of its own, with bank.json and bank.safetensors alone"
             )
     if not any(path.suffix == ".safetensors" for path in files) or len(files) > _MAX_FILES:
         expected = f"1 to {_MAX_FILES} files with a .safetensors among them"

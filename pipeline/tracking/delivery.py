@@ -21,7 +21,15 @@ from pipeline.tracking.client import ANSWERS, experiment_id, first_line, open_cl
 from pipeline.tracking.journal import read_journal
 from pipeline.tracking.lineage import ACTIVATION_TAG, DATA_TAG, DIGEST_PREFIX, UPSTREAM_TAG
 from pipeline.tracking.registry import Registry
-from pipeline.tracking.spool import DatasetUse, Delivered, RunRecord, Spool, artifact_stamp
+from pipeline.tracking.spool import (
+    DatasetUse,
+    Delivered,
+    RunRecord,
+    Spool,
+    artifact_stamp,
+    plain_key,
+    require_inside,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +44,6 @@ _PARAM_CHARS = 6000
 _TAG_CHARS = 8000
 _DATASET_DIGEST_CHARS = 36
 _PATIENCE_SECONDS = 60.0  # within which a server that was too slow to answer makes the run it was asked for
-_METRIC_CHARS = frozenset("_-. :/")
 
 T = TypeVar("T")
 
@@ -187,7 +194,7 @@ class Delivery:
                 start = 0
             entries, offsets[name] = read_journal(path, start)
             points = [
-                Metric(metric_key(k), v, entry.time, entry.step) for entry in entries for k, v in entry.metrics.items()
+                Metric(plain_key(k), v, entry.time, entry.step) for entry in entries for k, v in entry.metrics.items()
             ]
             for chunk in _chunks(points, _METRICS_PER_CALL):
                 self._mlflow.log_batch(_id(done), metrics=chunk)
@@ -208,6 +215,7 @@ class Delivery:
                 continue
             with self._one_by_one(refused, done, wanted.directory):
                 directory = self.spool.root / wanted.directory
+                require_inside(directory, self.spool.root)
                 version = self.registry.register(
                     directory, _id(done), tags=wanted.tags, description=wanted.description, alias=wanted.alias
                 )
@@ -222,6 +230,7 @@ class Delivery:
             if not stamp or stamp == stamps.get(artifact.path):
                 continue
             with self._one_by_one(refused, done, artifact.path):
+                require_inside(path, self.spool.root)
                 if path.is_dir():
                     folder = "/".join(filter(None, (artifact.folder, path.name)))
                     self._mlflow.log_artifacts(_id(done), str(path), folder)
@@ -271,11 +280,6 @@ def _dataset_input(use: DatasetUse) -> "DatasetInput":
         profile=json.dumps(use.profile) if use.profile else None,
     )
     return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", use.context)])
-
-
-def metric_key(key: str) -> str:
-    """MLflow takes letters, digits and _-. :/ in the name of a metric or a tag."""
-    return "".join(c if c.isalnum() or c in _METRIC_CHARS else "_" for c in key)
 
 
 def _cut(value: str, limit: int) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock
 
+from pipeline.artifacts import DISK_FULL
 from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking import bank_files
 from pipeline.tracking.client import (
@@ -188,19 +189,23 @@ class Registry:
         """Put the files of a version into `directory`, all or nothing, and return the version, pinned.
 
         A directory that already holds this version is left as it is. Raises ValueError when the files do not match the
-        digest of the version, when the version is not one of ours, or when `directory` holds something else.
+        digest of the version, when the version is not one of ours, or when `directory` holds something else or cannot
+        be written to.
         """
         found = self.resolve(reference)
         directory = Path(directory)
-        if directory.exists():
+        if _has_content(directory):
             bank_files.verify(directory, found.digest, found.reference)
             return found
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".pull-") as scratch:
-            files = self._download(found, Path(scratch))
+        with _writing_to(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(dir=directory.parent, prefix=".pull-")
+        with scratch as place:
+            files = self._download(found, Path(place))
             (files / bank_files.MLMODEL).unlink(missing_ok=True)
             bank_files.verify(files, found.digest, found.reference)
-            files.replace(directory)
+            with _writing_to(directory):
+                files.replace(directory)
         return found
 
     @_reaching
@@ -342,6 +347,21 @@ class Registry:
         self.client  # noqa: B018  connects, and migrates, before the lock is taken
         with FileLock(f"{path}.registry.lock") if path else nullcontext():
             yield
+
+
+def _has_content(directory: Path) -> bool:
+    return directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+
+
+@contextmanager
+def _writing_to(directory: Path) -> Iterator[None]:
+    """A place that cannot be written to is no server that is away."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise ValueError(f"expected a folder that can be written, got {directory} ({error.strerror})") from error
 
 
 def _contended(call: Callable[[], R]) -> R:

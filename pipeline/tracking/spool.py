@@ -7,28 +7,32 @@ A run is pending while the two differ. Replaying is harmless, so a crash between
 
 import hashlib
 import json
+import posixpath
 import re
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
-from pipeline.artifacts import write_atomic
+from pipeline.artifacts import below, write_atomic
 from pipeline.config.base import Section
 from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.journal import read_journal
 
+Below = Annotated[str, AfterValidator(below)]
+"""A name below the chain's directory: what is sent of a directory from elsewhere must lie in it."""
+_KEY_CHARS, _KEY_LENGTH = "_-. :/", 250
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
 class ArtifactFile(Section):
     """A local file or directory, and the folder of the run that it goes to."""
 
-    path: str
+    path: Below
     folder: str = ""
 
 
@@ -45,7 +49,7 @@ class DatasetUse(Section):
 class Registration(Section):
     """A bank directory that is to become a version of the registered model."""
 
-    directory: str
+    directory: Below
     digest: str
     tags: dict[str, str] = Field(default_factory=dict)
     description: str = ""
@@ -64,7 +68,7 @@ class RunRecord(Section):
     status: Status = "RUNNING"
     params: dict[str, str] = Field(default_factory=dict)
     tags: dict[str, str] = Field(default_factory=dict)
-    journals: tuple[str, ...] = ()
+    journals: tuple[Below, ...] = ()
     artifacts: tuple[ArtifactFile, ...] = ()
     datasets: tuple[DatasetUse, ...] = ()
     activations: tuple[str, ...] = ()  # registered versions that the run used; until they are known, their digests
@@ -181,6 +185,17 @@ def target_name(uri: str) -> str:
     return f"{label}-{hashlib.sha256(public.encode()).hexdigest()[:8]}"
 
 
+def require_inside(path: Path, root: Path) -> None:
+    """Refuse to send what a link in a directory from elsewhere leads to.
+
+    Raises:
+        ValueError: a file is not below `root`.
+    """
+    for file in (path, *path.rglob("*")):
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"expected files of the chain's own directory, got {file}, a link to {file.resolve()}")
+
+
 def _holds_more(journal: Path, sent: int) -> bool:
     """Whether whole lines follow what was sent: one that a kill tore never becomes whole. The size says no at once."""
     return journal.is_file() and journal.stat().st_size > sent and read_journal(journal, sent)[1] > sent
@@ -209,9 +224,15 @@ def artifact_stamp(path: Path) -> str:
 def flatten(values: Mapping[str, Any]) -> dict[str, str]:
     """Nested settings as dotted names and text, credentials in URLs removed: {"a": {"b": 1}} -> {"a.b": "1"}."""
     return {
-        name: redact(value if isinstance(value, str) else json.dumps(value, default=str))
+        plain_key(name): redact(value if isinstance(value, str) else json.dumps(value, default=str))
         for name, value in _leaves(values, "")
     }
+
+
+def plain_key(key: str) -> str:
+    """MLflow takes letters, digits and _-. :/ in the name of a metric, a parameter or a tag."""
+    plain = "".join(c if c.isalnum() or c in _KEY_CHARS else "_" for c in key)[:_KEY_LENGTH]
+    return plain if posixpath.normpath(plain) == plain else plain.replace("/", "_")  # else a path with another spelling
 
 
 def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

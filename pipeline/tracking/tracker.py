@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.bank_files import bank_digest
-from pipeline.tracking.delivery import Delivery, metric_key
+from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Journal, read_history
 from pipeline.tracking.origin import origin_tags
@@ -173,7 +173,7 @@ class Run:
         wanted = Registration(
             directory=self._relative(directory),
             digest=digest,
-            tags={metric_key(key): value for key, value in flatten(tags or {}).items()},
+            tags=flatten(tags or {}),
             description=description,
             alias=alias,
         )

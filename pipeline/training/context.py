@@ -30,6 +30,10 @@ class Context:
     stop_requested: Callable[[], bool] = lambda: False
     """Asked after every step; true on any rank ends the training on all, with a checkpoint."""
 
+    def __post_init__(self) -> None:
+        """Take "cuda" for the device it names, as torch does."""
+        object.__setattr__(self, "device", torch.device(self.device))
+
     @property
     def reports(self) -> bool:
         """Whether somebody is told of every epoch, who then shows it."""

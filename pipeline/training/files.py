@@ -15,7 +15,8 @@ from pipeline.artifacts import sha256_of, whole, write_atomic
 
 # The last two: something else lies where a file or a directory should.
 _CONTENT_ERRORS = (
-    ValueError, KeyError, TypeError, AttributeError, SafetensorError, IsADirectoryError, NotADirectoryError
+    ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, IsADirectoryError,
+    NotADirectoryError,
 )  # fmt: skip
 
 

@@ -39,8 +39,8 @@ class Activation(nn.Module):
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
-        if num_channels < 1:
-            raise ValueError(f"expected num_channels >= 1, got {num_channels}")
+        if not isinstance(num_channels, int) or num_channels < 1:
+            raise ValueError(f"expected a whole num_channels >= 1, got {num_channels!r}")
         self.num_channels = num_channels
 
     def forward(self, x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _check(variant: str, kernel_size: int, dilation: int, beta: float, init: str
     check_kernel_size(kernel_size)
     if dilation < 1:
         raise ValueError(f"expected dilation >= 1, got {dilation}")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"expected a finite beta > 0, got {beta}")
+    if not isinstance(beta, int | float) or not 0 < beta < math.inf:
+        raise ValueError(f"expected a finite beta > 0, got {beta!r}")
     if init not in INITS:
         raise ValueError(f"expected init among {', '.join(INITS)}, got {init!r}")

@@ -60,12 +60,14 @@ def build_model(
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
-        TypeError: for an option that the network or the activation doesn't have.
+        TypeError: for an option that the network or the activation doesn't have, or one that is no number.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
     for what, value in {"num_classes": num_classes, "in_channels": in_channels, **kwargs}.items():
-        if what in _POSITIVE and isinstance(value, int | float) and not value > 0:
+        if what in _POSITIVE and not isinstance(value, int | float):
+            raise TypeError(f"expected a number for {what}, got {value!r}")
+        if what in _POSITIVE and not value > 0:
             raise ValueError(f"expected {what} > 0, got {value}")
     model = MODELS[name](num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **kwargs)
     install(model, activation)

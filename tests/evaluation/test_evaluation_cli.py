@@ -260,6 +260,32 @@ def test_judging_needs_adversarial_images(tmp_path, capsys):
     assert "expected an .npz with x_adv" in capsys.readouterr().err
 
 
+GOOD = np.full((4, 1, 8, 8), 0.5, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x_adv", "y", "message"),
+    [
+        ((255 * GOOD).astype("u1"), np.arange(4), r"got uint8 (4, 1, 8, 8) from 127 to 127"),
+        (255 * GOOD, np.arange(4), "of floats in [0, 1], got float32 (4, 1, 8, 8) from 127.5 to 127.5"),
+        (np.nan * GOOD, np.arange(4), "from nan to nan"),
+        (GOOD[:0], np.arange(0), "got float32 (0, 1, 8, 8)"),
+        (GOOD[0], np.arange(4), "got float32 (1, 8, 8)"),
+        (np.full((4, 1, 8, 8), "a"), np.arange(4), "got <U1 (4, 1, 8, 8)"),
+        (GOOD, np.arange(3), "expected y (4,) of labels from 0 on, got int64 (3,)"),
+        (GOOD, np.arange(4)[:, None], "got int64 (4, 1)"),
+        (GOOD, np.arange(4) + 0.5, "got float64 (4,)"),
+        (GOOD, np.arange(4) - 1, "expected y (4,) of labels from 0 on"),
+    ],
+)
+def test_images_of_another_scale_or_shape_are_not_judged(x_adv, y, message, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", x_adv=x_adv, y=y)
+    assert run("judge", saved(tmp_path / "model", "relu"), tmp_path / "a.npz") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_the_architecture_is_built_without_pickles(tmp_path):
     model = open_model(str(saved(tmp_path / "run" / "model", "silu").parent))
     assert type(model) is type(build_model("resnet8", activation="silu", width=4))

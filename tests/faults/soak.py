@@ -158,9 +158,8 @@ def _begin_again(root: Path, rng: random.Random) -> None:
 def lost_or_doubled(root: Path, name: str) -> list[str]:
     """Finished runs that MLflow does not have, and entries of their journals that it does not have exactly once."""
     from pipeline.tracking.client import open_client
-    from pipeline.tracking.delivery import metric_key
     from pipeline.tracking.journal import read_journal
-    from pipeline.tracking.spool import Spool
+    from pipeline.tracking.spool import Spool, plain_key
 
     spool, uri = Spool(root / name), f"sqlite:///{root}/mlflow.db"
     client = open_client(uri)
@@ -175,7 +174,7 @@ def lost_or_doubled(root: Path, name: str) -> list[str]:
         wanted: dict[str, Counter[tuple[int, float]]] = {}
         for entry in (entry for journal in record.journals for entry in read_journal(spool.root / journal)[0]):
             for key, value in entry.metrics.items():
-                wanted.setdefault(metric_key(key), Counter())[entry.step, value] += 1
+                wanted.setdefault(plain_key(key), Counter())[entry.step, value] += 1
         for key, expected in wanted.items():
             got = Counter((point.step, point.value) for point in client.get_metric_history(run_id, key))
             if got != expected:

@@ -397,7 +397,8 @@ def test_the_ui_is_for_this_machine_unless_asked_and_then_warns(host: str | None
     shutil.copy(ROOT / "infra" / "ui.sh", tmp_path / "infra")
     mlflow = tmp_path / ".venv" / "bin" / "mlflow"
     mlflow.parent.mkdir(parents=True)
-    mlflow.write_text('#!/bin/sh\necho "$@"\necho "asked as $MLFLOW_SERVER_ALLOWED_HOSTS"\n')
+    shows = 'echo "from $MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"\necho "asked as $MLFLOW_SERVER_ALLOWED_HOSTS"\n'
+    mlflow.write_text(f'#!/bin/sh\necho "$@"\n{shows}')
     mlflow.chmod(0o755)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mlflow.db").touch()
@@ -412,3 +413,5 @@ def test_the_ui_is_for_this_machine_unless_asked_and_then_warns(host: str | None
     names = shown.stdout.rpartition("asked as ")[2].strip().split(",")
     # MLflow's own list has addresses alone: by this machine's name, others would get 403.
     assert (f"{os.uname().nodename}:5000" in names) == warns
+    origins = shown.stdout.rpartition("from ")[2].splitlines()[0].split(",")
+    assert (f"http://{os.uname().nodename}:5000" in origins) == warns

@@ -543,7 +543,7 @@ def test_position_prelu_has_its_own_slope_at_every_position():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: build_activation("sparta", 0), "expected num_channels >= 1, got 0"),
+        (lambda: build_activation("sparta", 0), "expected a whole num_channels >= 1, got 0"),
         (lambda: build_activation("softplus", 4, beta=0), "expected beta > 0, got 0"),
         (lambda: build_activation("pssilu", 4, beta=1.0), r"expected beta in \[0, 0.999\], got 1.0"),
         (lambda: build_activation("se_relu", 4, reduction=0), "expected reduction >= 1, got 0"),

@@ -67,7 +67,7 @@ def test_shipped_bank_is_registered_with_what_it_says_of_itself_and_moves_no_ali
     assert (result.payload["reference"], result.payload["alias"]) == ("sparta-activation/7", None)
     tags = told.registered["tags"]
     assert tags["taken_from"] == "pretrained cifar10-resnet8-linf8"
-    assert (tags["dataset"], tags["digest"]) == (shipped.source["dataset"], shipped.digest)
+    assert (tags["source.dataset"], tags["digest"]) == (shipped.source["dataset"], shipped.digest)
     assert (told.registered["digest"], told.registered["alias"]) == (bank_digest(tmp_path / "out" / "bank"), None)
 
 
@@ -110,7 +110,11 @@ def test_free_text_of_a_bank_makes_no_version_that_mlflow_refuses(tmp_path: Path
         (result,) = run_bank([StageContext(node.key, node.task, directory, {}, run, services)])  # type: ignore[arg-type]
     assert isinstance(result, StageResult)
     found = Registry(TrackingConfig(uri=f"sqlite:///{root}/mlflow.db"), root).resolve(result.payload["reference"])
-    assert (found.tags["threat _linf_"], found.tags["dataset"], found.aliases) == ("8/255", "photographs", ())
+    assert (found.tags["source.threat _linf_"], found.tags["source.dataset"], found.aliases) == (
+        "8/255",
+        "photographs",
+        (),
+    )
 
 
 def test_targets_learn_the_activation_of_the_bank(tmp_path: Path) -> None:

@@ -307,6 +307,36 @@ def test_a_tag_that_mlflow_refuses_is_refused_before_anything_is_logged(
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("tag", ["promotion", "promoted_by", "evaluated_weights", "digest", "sparta.digest"])
+def test_evidence_is_no_tag_that_a_user_gives(root: Path, network: Path, tag: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["--root", str(root), "push", str(root / "bank"), "--tag", f"{tag}=x"]) == 2
+    assert f"got '{tag}', which only this program writes" in capsys.readouterr().err
+
+
+def test_what_a_folder_holds_is_nobodys_to_remove(root: Path, network: Path, capsys: pytest.CaptureFixture[str]):
+    here = ["--root", str(root)]
+    assert main([*here, "push", str(root / "bank")]) == 0
+    (root / "empty").mkdir()
+    assert main([*here, "pull", "sparta-activation@candidate", str(root / "empty")]) == 0
+    assert ActivationBank.load(root / "empty") == ActivationBank.load(root / "bank")
+    (root / "bank" / "card.md").write_text("mine")
+    (root / "file").write_text("mine")
+    capsys.readouterr()
+    for arguments, message in (
+        (["pull", "sparta-activation@candidate", str(root / "bank")], "got 'card.md' in"),
+        (["push", str(root / "bank")], "a bank needs a folder of its own"),
+        (
+            ["pull", "sparta-activation@candidate", str(root / "file" / "below")],
+            "expected a folder that can be written",
+        ),
+    ):
+        assert main([*here, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "remove" not in error
+        assert "cannot be reached" not in error
+
+
 def test_a_full_disk_is_not_taken_for_a_server_that_is_away():
     with pytest.raises(OSError, match="No space left") as caught, reaching("http://127.0.0.1:9"):
         raise OSError(errno.ENOSPC, "No space left on device", "/big/bank")
