@@ -170,14 +170,14 @@ def short(found: Study) -> str:
     for group in found.groups:
         shown = {*found.with_role(group, "main"), *found.with_role(group, "control")}
         shown.update(found.with_role(group, "other")[:SHOWN])
-        # Of the audit the verdict; how many checks passed stands in docs/results.md.
-        chosen = [
-            [re.sub(r"(images): .*\)", r"\1)", row[i]) for i in keep]
-            for row in table_rows(found, group)
-            if row[0] in shown
-        ]
+        chosen = [[_verdicts(row[i]) for i in keep] for row in table_rows(found, group) if row[0] in shown]
         rows += [(f"*{group}*" if row is chosen[0] else "", *row) for row in chosen]
     return "\n".join([READING, "", *grid(("", *kept), rows)])
+
+
+def _verdicts(cell: str) -> str:
+    """Of the audits in a cell each verdict once; how many checks passed stands in docs/results.md."""
+    return "; ".join(dict.fromkeys(re.sub(r"(images): [^)]*\)", r"\1)", cell).split("; ")))
 
 
 def updated(text: str, block: str) -> str:

@@ -19,7 +19,7 @@ from pipeline.config.evaluation import (
     TransferAttack,
 )
 from pipeline.evaluation.ensemble import autoattack, square
-from pipeline.evaluation.judged_model import attackable
+from pipeline.evaluation.judged_model import attackable, evaluating, predict
 from pipeline.training.attacks import default_step_size, fgsm, pgd
 
 
@@ -84,8 +84,7 @@ def worst_of(model: nn.Module, x: Tensor, y: Tensor, candidates: list[Tensor]) -
     """Per example the first candidate (B, C, H, W) that is misclassified, or the last one."""
     worst = candidates[-1].clone()
     for candidate in reversed(candidates):
-        with torch.no_grad():
-            fooled = model(candidate).argmax(1) != y
+        fooled = predict(model, candidate) != y
         worst[fooled] = candidate[fooled]
     return worst
 
@@ -131,8 +130,9 @@ def _transfer(attack: TransferAttack, problem: Problem) -> tuple[Tensor, list[st
         raise ValueError(
             "expected a reference model for the transfer attack, got none: give one, or leave the attack out"
         )
-    reference = attackable(problem.reference, problem.x)
-    return pgd_on(problem, steps=attack.steps, loss=attack.loss, model=reference), []
+    with evaluating(problem.reference):
+        reference = attackable(problem.reference, problem.x)
+        return pgd_on(problem, steps=attack.steps, loss=attack.loss, model=reference), []
 
 
 _RUNNERS: dict[type[Any], Callable[[Any, Problem], tuple[Tensor, list[str]]]] = {

@@ -1,5 +1,6 @@
 """A model under judgement: in eval mode, its random numbers seeded, known by its digest, within reach of a gradient."""
 
+import copy
 import hashlib
 import re
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     learning = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
+    model.eval()
+    model.requires_grad_(False)
     cudnn = torch.backends.cudnn
     try:
         with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
@@ -49,14 +51,24 @@ def own_random_state(seed: int) -> Iterator[None]:
 
 def model_digest(model: nn.Module) -> str:
     """sha256 over the class names, what the modules print of their settings (strides, dilations, slopes), CODE where it
-    is set, and the state_dict's tensors: name, dtype, shape and bytes."""
+    is set, and all tensors, non-persistent buffers last: name, dtype, shape and bytes."""
     state = hashlib.sha256("/".join(type(module).__qualname__ for module in model.modules()).encode())
     state.update(_ADDRESS.sub("", repr(model)).encode())
     state.update(str(getattr(model, CODE, "")).encode())
-    for name, tensor in model.state_dict().items():
+    saved = model.state_dict()
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    for name, tensor in (*saved.items(), *unsaved.items()):
         state.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
+
+
+def copied(model: nn.Module) -> nn.Module | None:
+    """A copy, with whatever the model remembers; None of one that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # of a user's own
+        return None
 
 
 def short_seed(seed: int, *labels: object) -> int:
@@ -79,7 +91,7 @@ def attackable(model: nn.Module, x: Tensor) -> nn.Module:
 
     So gradient attacks come back empty-handed instead of raising, and black-box attacks and the audit can tell.
     """
-    inner = x[:1].detach().requires_grad_()
+    inner = x[:2].detach().requires_grad_()  # two: some look at an image's company
     with torch.enable_grad():
         total = model(inner).sum()
     if total.requires_grad and torch.autograd.grad(total, inner, allow_unused=True)[0] is not None:
@@ -102,7 +114,10 @@ def num_logits(model: nn.Module, x: Tensor) -> int:
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """Predicted class (B,) of x (B, C, H, W)."""
+    """Predicted class (B,) of x (B, C, H, W); -1, right for no label, where a logit is no number.
+
+    argmax takes what is no number for the largest: the class whose logit overflows, which is the right one.
+    """
     with torch.no_grad():
-        predicted: Tensor = model(x).argmax(1)
-    return predicted
+        logits: Tensor = model(x)
+    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))

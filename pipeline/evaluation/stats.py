@@ -87,4 +87,6 @@ def mcnemar(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> Difference:
     m, gained, lost = n + 2, only_a + 0.5, only_b + 0.5
     centre = (gained - lost) / m
     half = 1.959964 * math.sqrt(gained + lost - (gained - lost) ** 2 / m) / m
-    return Difference(value=(only_a - only_b) / n, low=centre - half, high=centre + half, p_value=float(p_value))
+    return Difference(
+        value=(only_a - only_b) / n, low=max(centre - half, -1.0), high=min(centre + half, 1.0), p_value=float(p_value)
+    )

@@ -16,7 +16,7 @@ from pipeline.data import PreparedData, open_split
 from pipeline.data.sample import Positions, sample
 from pipeline.evaluation.audit import audit
 from pipeline.evaluation.blocks import OTHER_ATTACKS, Arrays, Block, judge_block, load_arrays, pictured, save_arrays
-from pipeline.evaluation.judged_model import model_digest, num_logits
+from pipeline.evaluation.judged_model import copied, model_digest, num_logits
 from pipeline.evaluation.records import ARRAYS, AttackResult, ClassResult, CurvePoint, Evaluation
 from pipeline.evaluation.stats import Accuracy
 
@@ -55,6 +55,7 @@ def evaluate(
         ValueError: a model of other classes; a missing package; no attack that can be run; more than the test split
             asked for; a gradient that is not a number.
     """
+    pristine = copied(model) if config.audit.budget != "off" else None
     evaluate_shard(model, prepared, config, output, seed=seed, reference=reference)
     result = merge(model, prepared, config, output, seed=seed, reference=reference)
     if config.audit.budget == "off":
@@ -62,7 +63,7 @@ def evaluate(
     x, y = _audited(prepared, min(config.audit.resolved_num_examples, result.n), _device(model))
     report = audit(
         model, x, y, config.threat, config.audit.budget, seed=seed, reference=reference, matched=matched,
-        directory=output,
+        directory=output, pristine=pristine,
     )  # fmt: skip
     result = result.model_copy(update={"audit": report})
     result.save(output)

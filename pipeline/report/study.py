@@ -168,8 +168,10 @@ class Comparison(Section):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval over seeds leaves out zero."""
-        return self.over_seeds.low > 0 or self.over_seeds.high < 0
+        """Whether the interval over seeds leaves out zero; one without a width, of differences that happen to be equal,
+        tells nothing of other seeds."""
+        over = self.over_seeds
+        return over.high - over.low > 1e-9 and (over.low > 0 or over.high < 0)
 
 
 class Study(Section):

@@ -68,7 +68,9 @@ def evaluate_node(branch: str, task: EvaluateTask) -> Node[EvaluateTask]:
     if task.matched:
         sections["matched"] = [list(pair) for pair in task.matched]
     needs = tuple(dict.fromkeys((task.model, task.reference, task.data, *(key for _, key in task.matched))))
-    return Node("evaluate", branch, task, sections, run_evaluations, needs, version=2, together=True)
+    # 3: the audit has a check more, and one of its own of what a network remembers.
+    version = 2 if task.evaluation.audit.budget == "off" else 3
+    return Node("evaluate", branch, task, sections, run_evaluations, needs, version=version, together=True)
 
 
 def run_evaluations(contexts: Sequence[StageContext[EvaluateTask]]) -> Sequence[StageResult | Exception]:

@@ -9,6 +9,7 @@ from torch import nn
 from pipeline.config.base import ThreatModel
 from pipeline.evaluation import AuditReport, Check, audit
 from pipeline.evaluation.audit import (
+    boundary,
     determinism,
     equal_cost,
     finite_difference,
@@ -23,7 +24,7 @@ from pipeline.evaluation.audit import (
 from pipeline.evaluation.audit.bpda import RULES
 from pipeline.evaluation.audit.chunks import fooled
 from pipeline.evaluation.audit.gates import Parts
-from pipeline.evaluation.audit.planted import Lambda, small_cnn
+from pipeline.evaluation.audit.planted import PLANTED, Lambda, small_cnn
 from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.audit.verdict import in_vain, judged, largest
 from sparta_models import Activation, build_activation
@@ -94,8 +95,8 @@ def test_a_frozen_activation_that_was_made_to_learn_again_is_noticed_and_left_so
     for parameter in (loose := model[1]).parameters():
         parameter.requires_grad_(True)
     report = audit(model, digits.test_x[:4], digits.test_y[:4], THREAT, "quick", seed=0)
-    assert report.checks[-1].verdict == "fail"
-    assert "not frozen after all: 1" in report.checks[-1].summary
+    assert report.checks[15].verdict == "fail"
+    assert "not frozen after all: 1" in report.checks[15].summary
     assert all(parameter.requires_grad for parameter in loose.parameters())
 
 
@@ -149,6 +150,47 @@ def test_dead_gradients_of_all_correct_images_are_a_failure_however_few_these_ar
     model = Lambda(robust, before=lambda x: x * 1.0, after=lambda logits: logits.detach() + 0 * logits).eval()
     found = gradient_census.check(subject_of(model, x, y))
     assert (found.verdict, found.details["count"], found.details["share"]) == ("fail", 8, 1)
+
+
+class _Float32Softmax(nn.Module):
+    """Attention's usual way: a part in float32 whatever the rest is."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return torch.log_softmax(self.model(x).float(), 1).type_as(x)
+
+
+def test_an_honest_network_with_parts_in_float32_is_not_condemned(robust, digits):
+    found = finite_difference.check(subject_of(_Float32Softmax(robust), digits.test_x[:32], digits.test_y[:32]))
+    assert (found.verdict, "parts of the model do not run in float64" in found.summary) == ("skip", True)
+
+
+def test_what_all_logits_of_an_image_have_in_common_hides_no_noise(robust, digits):
+    class Shifted(nn.Module):
+        def forward(self, x):
+            torch.manual_seed(len(x))
+            return robust(x) * (1 + 0.05 * torch.randn(len(x), 1)) + 1e3 * x.mean((1, 2, 3))[:, None]
+
+    found = determinism.check(subject_of(Shifted(), digits.test_x[:32], digits.test_y[:32]))
+    assert found.verdict == "fail"
+    assert found.figure > 0.01
+
+
+def test_a_change_of_class_needs_two_classes(robust, digits):
+    x, y = digits.test_x[:32], digits.test_y[:32]
+    alone = boundary.check(subject_of(robust, x[y == y[0]][:1], y[:1]))
+    assert (alone.verdict, boundary.check(subject_of(robust, x, y)).verdict) == ("skip", "pass")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_jump_at_the_change_of_class_is_seen_at_any_scale(scale, robust, digits):
+    x, y = digits.test_x[:32], digits.test_y[:32]
+    decoy = PLANTED["decoy margin"].make(digits)
+    honest, jumping = (boundary.check(subject_of(Lambda(m, after=lambda z: scale * z), x, y)) for m in (robust, decoy))
+    assert (honest.figure, jumping.figure) == (0.0, 1.0)
 
 
 def test_the_largest_figure_is_not_a_number_where_any_is_none():

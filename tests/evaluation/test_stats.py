@@ -45,6 +45,13 @@ def test_mcnemar_of_equal_models_sees_no_difference():
     assert found.low < 0 < found.high
 
 
+@pytest.mark.parametrize("n", [1, 5, 50])
+def test_an_interval_of_a_difference_stays_within_one(n):
+    found = mcnemar(np.ones(n, bool), np.zeros(n, bool))
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low >= -1
+
+
 def test_paired_arrays_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"same examples, got shapes \(3,\) and \(4,\)"):
         mcnemar(np.ones(3, bool), np.ones(4, bool))

@@ -22,10 +22,10 @@ from pipeline.config.evaluation import (
     TransferAttack,
 )
 from pipeline.evaluation import AuditReport, Check, Evaluation, evaluate, evaluate_shard, merge
-from pipeline.evaluation.attacks import run_attack
+from pipeline.evaluation.attacks import run_attack, worst_of
 from pipeline.evaluation.audit.planted import Lambda
 from pipeline.evaluation.blocks import load_arrays, save_arrays
-from pipeline.evaluation.judged_model import evaluating, model_digest
+from pipeline.evaluation.judged_model import attackable, evaluating, model_digest, predict
 from sparta_models import build_model
 
 CONFIG = EvaluationConfig(
@@ -244,6 +244,37 @@ def test_clean_accuracy_is_not_called_robust_where_no_attack_can_run(robust, pre
         evaluate(robust, prepared, config, tmp_path, seed=0)
 
 
+def test_a_reference_in_training_mode_is_asked_in_eval_mode_and_left_as_it_was(robust, prepared, tmp_path):
+    twin = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).train()
+    before = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+    attacks = (NoiseAttack(num_draws=1), TransferAttack(steps=2))
+    config = CONFIG.model_copy(update={"attacks": attacks, "audit": AuditConfig(budget="quick", num_examples=16)})
+    evaluate(robust, prepared, config, tmp_path, seed=0, reference=twin)
+    assert twin.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in twin.state_dict().items())
+
+
+def test_logits_that_are_no_numbers_are_no_right_answer(robust, digits):
+    def overflows(x):
+        z = robust(x)
+        return torch.where(z == z.amax(1, keepdim=True), torch.nan, z)
+
+    assert set(predict(overflows, digits.test_x[:8]).tolist()) == {-1}
+    assert worst_of(overflows, digits.test_x[:2], digits.test_y[:2], [digits.test_x[2:4], digits.test_x[4:6]]).equal(
+        digits.test_x[2:4]
+    )
+
+
+def test_a_model_that_looks_at_company_is_attackable_where_any_gradient_is_there(robust, digits):
+    class Detaches(nn.Module):
+        def forward(self, x):
+            return robust(x if len(x) == 1 else x.detach())
+
+    x, y = digits.test_x[:4], digits.test_y[:4]
+    x_adv, _ = run_attack(PGDAttack(steps=2), attackable(Detaches(), x), x, y, ThreatModel(eps=0.1), seed=0)
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+
+
 def test_a_reference_without_input_gradient_fools_nobody(robust, digits):
     attack, x, y = TransferAttack(steps=2), digits.test_x[:8], digits.test_y[:8]
     detached = Lambda(robust, before=lambda x: x.detach())
@@ -289,6 +320,21 @@ def test_a_second_call_does_no_work_twice(robust, prepared, tmp_path, monkeypatc
     with pytest.raises(AssertionError, match="worked again"):  # another network beside it is another audit
         evaluate(robust, prepared, config, tmp_path, seed=0, matched={"twin": robust})
     assert load_arrays(tmp_path / "evaluation.npz") is not None
+
+
+def test_networks_that_differ_in_a_buffer_that_is_not_saved_are_two():
+    def network(scale):
+        made = nn.Linear(2, 2)
+        made.register_buffer("scale", torch.tensor(scale), persistent=False)
+        return made
+
+    torch.manual_seed(0)
+    first = network(1.0)
+    second = network(0.0)
+    second.load_state_dict(first.state_dict())
+    assert model_digest(first) != model_digest(second)
+    second.scale.fill_(1.0)
+    assert model_digest(first) == model_digest(second)
 
 
 def test_networks_that_differ_in_a_setting_alone_are_two(prepared):

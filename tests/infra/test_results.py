@@ -41,6 +41,14 @@ def test_an_altered_figure_is_noticed(results: ModuleType) -> None:
     assert results.short(altered) != results.short(found)
 
 
+def test_readme_names_every_verdict_of_an_audit_once(results: ModuleType) -> None:
+    passed, failed = "passed (full, 64 images: 15 pass, 0 warn)", "black_box, losses (full, 64 images: 12 pass, 1 warn)"
+    short = "passed (full, 64 images)", "black_box, losses (full, 64 images)"
+    assert results._verdicts("; ".join([passed, failed, passed])) == "; ".join(short)
+    assert results._verdicts(passed) == short[0]
+    assert results._verdicts("off") == "off"
+
+
 def test_the_prose_around_the_results_quotes_no_figure_of_its_own(results: ModuleType) -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     prose = text[: text.index(results.BEGIN)] + text[text.index(results.END) :]

@@ -272,7 +272,7 @@ def test_a_browser_shows_it_without_errors_requests_or_overflow(report: Report, 
             checks = page.evaluate(
                 "[...document.querySelectorAll('th')].map(th => th.textContent).filter(t => /^\\d+\\. /.test(t))"
             )
-            assert len(checks) == 16
+            assert len(checks) == 17
             shown = page.evaluate(
                 "[...document.querySelectorAll('.chart svg')].map(s => s.getBoundingClientRect().height)"
             )

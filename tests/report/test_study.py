@@ -97,6 +97,13 @@ def test_differences_are_paired_by_seed() -> None:
     assert (found.over_images.value, found.over_images.low, found.over_images.high) == pytest.approx((5 / N, low, high))
 
 
+def test_differences_that_happen_to_be_equal_are_not_clear() -> None:
+    entries = [entry(name, seed, num) for seed in (0, 1) for name, num in (("sparta", 21), ("relu", 20))]
+    found = Study(name="s", entries=tuple(entries)).compare("home", "sparta", "relu", "robust")
+    assert found.over_seeds.low == found.over_seeds.high == pytest.approx(1 / N)
+    assert not found.clear
+
+
 def test_a_seed_that_only_one_has_is_left_out() -> None:
     more = Study(name="x", entries=(*study().entries, entry("sparta", 7, 40, role="main")))
     assert more.compare("home", "sparta", "control", "robust") == study().compare("home", "sparta", "control", "robust")

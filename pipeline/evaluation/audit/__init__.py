@@ -1,4 +1,4 @@
-"""The gradient-masking audit: sixteen checks on any model, one module each.
+"""The gradient-masking audit: seventeen checks on any model, one module each.
 
 Each gives a verdict (pass, warn, fail, or skip where it does not apply), its figure and its thresholds. They follow
 Athalye et al. (2018, arXiv 1802.00420), Carlini et al. (2019, 1902.06705) and Tramer et al. (2020, 2002.08347), and add
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.config.base import ThreatModel
 from pipeline.evaluation.audit import (
     black_box,
+    boundary,
     bpda,
     convergence,
     determinism,
@@ -33,7 +34,7 @@ from pipeline.evaluation.audit import (
 )
 from pipeline.evaluation.audit.kept import Kept
 from pipeline.evaluation.audit.subject import Subject
-from pipeline.evaluation.judged_model import attackable, evaluating, model_digest, own_random_state, short_seed
+from pipeline.evaluation.judged_model import attackable, copied, evaluating, model_digest, own_random_state, short_seed
 from pipeline.evaluation.records import AuditReport, Check
 
 CHECKS: tuple[Callable[[Subject], Check], ...] = (
@@ -53,6 +54,7 @@ CHECKS: tuple[Callable[[Subject], Check], ...] = (
     loss_surface.check,
     random_gate.check,
     frozen.check,
+    boundary.check,
 )
 _LOG = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def audit(
     reference: nn.Module | None = None,
     matched: Mapping[str, nn.Module] | None = None,
     directory: Path | None = None,
+    pristine: nn.Module | None = None,
 ) -> AuditReport:
     """Look for gradient masking. Memory grows with the images alone: the model sees them in chunks of 128.
 
@@ -82,6 +85,7 @@ def audit(
             same budget, for check 15.
         directory: where each finished check is kept as a file; called again with the same arguments it goes on with
             those that are missing. None: nowhere.
+        pristine: a copy of the model from before anybody asked it anything, for check 13; None: as it is now.
 
     Raises:
         ValueError: no images.
@@ -100,8 +104,10 @@ def audit(
     )
     digests = (report.model_digest, report.reference_digest, report.matched)
     learning = frozenset(parameter for parameter in model.parameters() if parameter.requires_grad)
+    pristine = copied(model) if pristine is None else pristine
     with evaluating(model), own_random_state(seed):
-        subject = Subject(attackable(model, x), x, y, threat, budget, seed, reference, matched or {}, learning)
+        asked = attackable(model, x)
+        subject = Subject(asked, x, y, threat, budget, seed, reference, matched or {}, learning, pristine)
         kept = Kept(directory, subject, digests)
         for number, check in enumerate(CHECKS, start=1):
             found = kept.load(number) or _run(number, check, subject, kept)

@@ -1,4 +1,8 @@
-"""13: the same image gives the same logits: called again, alone or in company; and a forward pass leaves no trace."""
+"""13: the same image gives the same logits: called again, alone or in company, before an attack and after; and a
+forward pass leaves no trace.
+"""
+
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +25,27 @@ def check(subject: Subject) -> Check:
         alone = torch.cat([subject.model(image[None]) for image in x])
         company = subject.model(torch.cat([x, 1 - x]))[: len(x)]
     changed = any(not torch.equal(old, new) for old, new in zip(before, _state(subject.model), strict=True))
-    spread = logits.std().clamp_min(1e-12)
+    # What an image has in common for all classes decides nothing.
+    spread = (logits - logits.mean(1, keepdim=True)).std().clamp_min(1e-12)
     others = {"called again": again, "other order": reversed_order, "alone": alone, "other company": company}
     changes = {name: float((other - logits).abs().max() / spread) for name, other in others.items()}
+    if subject.pristine is not None and len(subject.x):
+        changes["after the attack"] = float(_trace_of_the_attack(subject, subject.pristine) / spread)
     return judged(
         13, "determinism", largest(changes.values()) + float(changed), warn=WARN, fail=FAIL,
         summary="largest change of a logit, in units of the logits' spread, between calls and batches"
         + ("; a forward pass changed buffers of the model" if changed else ""),
         details=dict(changes),
     )  # fmt: skip
+
+
+def _trace_of_the_attack(subject: Subject, pristine: nn.Module) -> Tensor:
+    """Largest difference between what a model says of adversarial images that was asked many others, and one that was
+    asked nothing yet: a defence that remembers queries answers as if they were the images that it saw first."""
+    x_adv, fresh = subject.white_adv[: subject.effort.num_probed], copy.deepcopy(pristine).eval()
+    with torch.no_grad():
+        largest_change: Tensor = (subject.model(x_adv) - fresh(x_adv)).abs().max()
+    return largest_change
 
 
 def _state(model: nn.Module) -> list[Tensor]:

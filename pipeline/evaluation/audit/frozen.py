@@ -1,8 +1,8 @@
 """16: all of it again on the frozen, transferred model: its activation is frozen, and no check failed on it.
 
-A transferred model is audited like any other; this check adds what only it must hold, after all attacks are done. An
-activation is loose where a parameter asks for a gradient, where `.train()` moves a part of it out of eval mode, and
-where it normalises by the statistics of the batch, which no mode pins.
+A transferred model is audited like any other; this check adds what only it must hold, after all attacks are done (17
+makes none). An activation is loose where a parameter asks for a gradient, where `.train()` moves a part of it out of
+eval mode, and where it normalises by the statistics of the batch, which no mode pins.
 """
 
 from torch import nn

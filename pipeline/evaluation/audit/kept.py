@@ -14,7 +14,7 @@ from pipeline.evaluation.audit.subject import Subject
 from pipeline.evaluation.records import Check
 
 FOLDER = "audit"
-_VERSION = 3
+_VERSION = 4
 """Raised when a check's code makes another figure of the same."""
 
 

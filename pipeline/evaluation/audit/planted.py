@@ -132,6 +132,44 @@ class BatchCentred(nn.Module):
         return x - x.mean(dim=0, keepdim=True)
 
 
+class Decoy(nn.Module):
+    """The class of `model` beside a margin that has nothing to do with it: gradients are exact, smooth, and astray."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.slopes: Tensor
+        self.register_buffer("slopes", torch.randn(10, 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, 10) of x (B, 1, 8, 8)."""
+        top = self.model(x).argmax(1)
+        margin = 1 + torch.sigmoid((self.slopes[top] * x.flatten(1)).sum(1) / 4)
+        return F.one_hot(top, 10).to(x) * margin[:, None]
+
+
+class Remembers(nn.Module):
+    """A defence by the history of queries: an image near one of the first that it was asked gets that one's answer."""
+
+    def __init__(self, model: nn.Module, radius: float) -> None:
+        super().__init__()
+        self.model, self.radius = model, radius
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, 10) of x (B, 1, 8, 8)."""
+        flat = x.flatten(1)
+        if self.seen is None and len(x) > 2:
+            self.seen = flat.detach().float()
+        if self.seen is None:
+            logits: Tensor = self.model(x)
+            return logits
+        distance, nearest = (flat.detach()[:, None] - self.seen.to(x)).abs().amax(2).min(1)
+        near = (distance < self.radius)[:, None]
+        remembered: Tensor = self.model(torch.where(near, self.seen.to(x)[nearest], flat).view_as(x))
+        return remembered + 1e-3 * flat.sum(1, keepdim=True) * torch.arange(10).to(x)
+
+
 def _quantised(x: Tensor) -> Tensor:
     return (x * 3).round() / 3
 
@@ -221,6 +259,8 @@ PLANTED: Mapping[str, Case] = {
     "batch-dependent": _network(lambda _: nn.Sequential(BatchCentred(), nn.ReLU()), "none"),
     "label leaking": _network(relu, "fgsm", epochs=40, eps=LEAKING_EPS),
     "quantised input": _trick(before=_quantised),
+    "decoy margin": Case(lambda digits: Decoy(_network(relu, "none").make(digits)).eval()),
+    "remembered queries": Case(lambda digits: Remembers(_network(relu, "none").make(digits), EPS + 1e-3).eval()),
     "underflowing logits": _trick(after=lambda logits: 1e4 * logits),
 }
 """Broken defences, which must be flagged."""

@@ -65,8 +65,10 @@ class Subject:
     """Networks of equal cost with other activations, by name."""
     learning: frozenset[nn.Parameter] = frozenset()
     """Parameters that asked for a gradient before the audit, in which none does."""
+    pristine: nn.Module | None = None
+    """The model before anybody asked it anything; None where it cannot be copied."""
     so_far: list[Check] = field(default_factory=list)
-    """Checks that are done; the last one looks back at them."""
+    """Checks that are done; check 16 looks back at them."""
 
     @property
     def effort(self) -> Effort:
