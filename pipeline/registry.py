@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {redact(one_line(error))}", file=sys.stderr)
         return 2
-    except (RefusedError, ConnectionError) as error:
+    except (RefusedError, OSError) as error:  # ConnectionError: MLflow is away; any other: a disk
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
     return 0

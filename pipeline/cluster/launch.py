@@ -147,7 +147,8 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
             ends = _ends(pending, work)
             error, settled = failure, 0 if "failed" in ends or (ends and scaling.max_failures) else 1
         except Exception as failure:
-            deaths = 0 if _ends(pending, work) else deaths
+            left = [job for job in pending if load_outcome(job.output, work.run) is None]
+            deaths, pending = 0 if len(left) < len(pending) else deaths, left
             if deaths < scaling.max_failures and _is_death(failure) and _may_go_on(pending):
                 deaths += 1
                 continue

@@ -21,8 +21,8 @@ class ScalingConfig(Section):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray distributes the workers over nodes."""
     max_failures: Annotated[int, Field(ge=0, le=1000)] = 3
-    """How often a training is restarted from its last checkpoint after a worker or a node died; up to twice as often
-    where several trainings share their workers."""
+    """How often a training is restarted from its last checkpoint after a worker or a node died; once more than twice as
+    often, at most, where several trainings share their workers."""
     start_attempts: PositiveInt = 3
     """How often Ray tries to start the worker group before it gives up."""
     start_timeout: Annotated[float, Field(gt=0)] = 60.0

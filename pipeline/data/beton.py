@@ -236,7 +236,7 @@ class BetonReader:
 
         Raises:
             DataError: an image does not decode, or the file was cut since it was opened.
-        OSError: the disk did not answer.
+            OSError: the disk did not answer.
         """
         out = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
         starts = self._starts[indices]

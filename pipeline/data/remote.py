@@ -1,5 +1,6 @@
 """Files that are not on this node's disk: fsspec URLs, and copies made once per node."""
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from pipeline.artifacts import DISK_FULL
 from pipeline.config.base import one_line
 from pipeline.data.errors import DataError, DataUnreachableError
 from pipeline.data.sidecar import (
@@ -24,6 +26,9 @@ from sparta_models.kernels import cache_root
 if TYPE_CHECKING:
     from pipeline.data.prepared import PreparedData, SplitInfo
 
+_LASTING = (
+    FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, ImportError, ValueError
+)  # fmt: skip
 _ADVICE = "check the address and your credentials, and the space where SPARTA_CACHE is"
 
 
@@ -137,7 +142,7 @@ def copy_to_node(path: Path, cache: Path) -> Path:
                 _replace_by_copy(sidecar_path(path), sidecar_path(copy))
                 check_file(copy, sidecar)
     except OSError as error:
-        raise DataUnreachableError(
+        raise _kind(error)(
             f"data.node_cache={str(cache)!r}: {path} cannot be copied there ({error}); make room there"
         ) from error
     return copy
@@ -155,18 +160,20 @@ def _replace_by_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def _one_error(what: str, advice: str) -> Iterator[None]:
-    """Whatever goes wrong as a DataError: the errors of botocore, google and aiohttp share no base but Exception.
-
-    What another try will not change is known by the types that fsspec asks its backends for.
-    """
+    """Whatever goes wrong as a DataError: the errors of botocore, google and aiohttp share no base but Exception."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        lasting = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
-        kind = DataError if lasting else DataUnreachableError
-        raise kind(f"{what} ({type(error).__name__}: {one_line(error)}); {advice}") from error
+        raise _kind(error)(f"{what} ({type(error).__name__}: {one_line(error)}); {advice}") from error
+
+
+def _kind(error: Exception) -> type[DataError]:
+    """What an error is for the data: one that another try will not change is known by the types that fsspec asks its
+    backends for, and those of the local disk."""
+    lasting = isinstance(error, _LASTING) or (isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EROFS))
+    return DataError if lasting else DataUnreachableError
 
 
 def _open_url(url: str) -> tuple[Any, str]:

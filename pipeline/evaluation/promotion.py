@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.config.base import Section
 from pipeline.config.evaluation import FULL_AUDIT_EXAMPLES
+from pipeline.evaluation.audit import CHECKS
 from pipeline.evaluation.records import ARRAYS, AuditReport, Evaluation
 from pipeline.evaluation.stats import Difference, difference, mcnemar
 from pipeline.training.files import read_directory
@@ -108,6 +109,8 @@ def _audit_reasons(evaluation: Evaluation, audit: AuditReport | None) -> list[st
             f"expected an audit of {min(FULL_AUDIT_EXAMPLES, evaluation.n)} images, got {audit.n}: "
             "leave evaluation.audit.num_examples unset"
         )
+    if missing := [number for number in range(1, len(CHECKS) + 1) if number not in {c.number for c in audit.checks}]:
+        reasons.append(f"the audit is an older one, without check {', '.join(map(str, missing))}: evaluate again")
     if audit.failed:
         reasons.append(f"the audit failed: {', '.join(audit.failed)}")
     if audit.model_digest != evaluation.model_digest:

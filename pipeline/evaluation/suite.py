@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -55,9 +56,11 @@ def evaluate(
         ValueError: a model of other classes; a missing package; no attack that can be run; more than the test split
             asked for; a gradient that is not a number.
     """
+    # Before anybody asks the model anything: a forward pass may leave something in it.
     pristine = copied(model) if config.audit.budget != "off" else None
-    evaluate_shard(model, prepared, config, output, seed=seed, reference=reference)
-    result = merge(model, prepared, config, output, seed=seed, reference=reference)
+    identity = _Identity.of(model, reference)
+    _judge(model, prepared, config, output, seed=seed, reference=reference, identity=identity)
+    result = _merge(prepared, config, output, seed=seed, identity=identity)
     if config.audit.budget == "off":
         return result
     x, y = _audited(prepared, min(config.audit.resolved_num_examples, result.n), _device(model))
@@ -88,13 +91,24 @@ def evaluate_shard(
     Returns:
         The blocks that this call judged.
     """
+    identity = _Identity.of(model, reference)
+    return _judge(
+        model, prepared, config, output, shard=shard, num_shards=num_shards, seed=seed, reference=reference,
+        identity=identity,
+    )  # fmt: skip
+
+
+def _judge(
+    model: nn.Module, prepared: PreparedData, config: EvaluationConfig, output: Path, *, shard: int = 0,
+    num_shards: int = 1, seed: int, reference: nn.Module | None, identity: "_Identity",
+) -> list[int]:  # fmt: skip
     if reference is None and all(isinstance(attack, TransferAttack) for attack in config.attacks):
         raise ValueError(
             "expected a reference model for the transfer attack, got none: give one, or add another attack"
         )
     if not 0 <= shard < num_shards:
         raise ValueError(f"expected 0 <= shard < num_shards, got shard {shard} of {num_shards}")
-    directory = _block_directory(model, prepared, config, output, seed=seed, reference=reference)
+    directory = _block_directory(identity, prepared, config, output, seed=seed)
     mine = range(shard, _num_blocks(prepared, config), num_shards)
     missing = [number for number in mine if load_arrays(_path(directory, number)) is None]
     for block in _blocks(prepared, config, missing, _device(model)):
@@ -119,15 +133,21 @@ def merge(
     Raises:
         ValueError: a block is missing or damaged.
     """
-    directory = _block_directory(model, prepared, config, output, seed=seed, reference=reference)
+    return _merge(prepared, config, output, seed=seed, identity=_Identity.of(model, reference))
+
+
+def _merge(
+    prepared: PreparedData, config: EvaluationConfig, output: Path, *, seed: int, identity: "_Identity"
+) -> Evaluation:
+    directory = _block_directory(identity, prepared, config, output, seed=seed)
     arrays = _joined(directory, prepared, config)
     warnings = arrays.pop("warnings")
     save_arrays(output / ARRAYS, arrays)
     result = Evaluation(
         dataset=prepared.name,
         data_digest=prepared.digest,
-        model_digest=model_digest(model),
-        reference_digest=None if reference is None else model_digest(reference),
+        model_digest=identity.model,
+        reference_digest=identity.reference,
         seed=seed,
         config=config,
         n=len(arrays["y"]),
@@ -153,18 +173,23 @@ def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+class _Identity(NamedTuple):
+    """Digests of the networks that a result is of."""
+
+    model: str
+    reference: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module, reference: nn.Module | None) -> Self:
+        return cls(model_digest(model), None if reference is None else model_digest(reference))
+
+
 def _block_directory(
-    model: nn.Module,
-    prepared: PreparedData,
-    config: EvaluationConfig,
-    output: Path,
-    *,
-    seed: int,
-    reference: nn.Module | None,
+    identity: _Identity, prepared: PreparedData, config: EvaluationConfig, output: Path, *, seed: int
 ) -> Path:
     """Blocks of another model, config or seed are in another directory, so that none is ever taken for one of these."""
     settings = config.model_dump(mode="json", exclude={"audit"})
-    models = [model_digest(model), None if reference is None else model_digest(reference)]
+    models = list(identity)
     return (
         output
         / _BLOCKS

@@ -17,11 +17,9 @@ from pydantic import ValidationError
 
 from pipeline.config.base import mistake
 from pipeline.config.tracking import TrackingConfig, redact
-from pipeline.tracking.client import first_line
+from pipeline.tracking.client import first_line, sqlite_path
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.spool import Spool
-
-_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         deliveries = [_delivery(directory, options.uri) for directory in options.directories]
+        if options.run is _sync and not options.uri:
+            for delivery in deliveries:
+                _require_own_choice(delivery)
         for delivery in deliveries if options.all else ():
             delivery.spool.forget(delivery.uri)
         codes: list[int] = [options.run(delivery) for delivery in deliveries]
@@ -62,12 +63,11 @@ def _delivery(directory: Path, uri: str | None) -> Delivery:
     noted = spool.target()
     if noted is not None and noted.uri is None and not (uri or os.environ.get("MLFLOW_TRACKING_URI")):
         raise ValueError(
-            f"expected --uri or MLFLOW_TRACKING_URI: the runs of {directory} go to an address with credentials, "
-            "which no file keeps"
+            f"expected MLFLOW_TRACKING_URI: the runs of {directory} go to an address with credentials, which no file "
+            "keeps; or --uri for another one"
         )
     config = noted or TrackingConfig()
     if not uri:
-        _require_own_choice(config.uri, directory)
         return Delivery(config, spool)
     try:
         return Delivery(TrackingConfig.model_validate({**config.model_dump(), "uri": uri}), spool)
@@ -75,13 +75,13 @@ def _delivery(directory: Path, uri: str | None) -> Delivery:
         raise ValueError(f"--uri: {mistake(error.errors()[0])}") from error
 
 
-def _require_own_choice(noted: str | None, directory: Path) -> None:
-    """The directory may come from elsewhere: where it says to deliver to is no place for the user's own passwords."""
-    named = os.environ.get("MLFLOW_TRACKING_URI")
-    if noted and noted != named and (named or any(os.environ.get(name) for name in _CREDENTIALS)):
+def _require_own_choice(delivery: Delivery) -> None:
+    """A directory may come from elsewhere: the server that it names gets none of the passwords that MLflow finds."""
+    noted = delivery.config.uri
+    if noted and sqlite_path(noted) is None and noted != os.environ.get("MLFLOW_TRACKING_URI"):
         raise ValueError(
-            f"expected --uri: {directory} says to deliver to {redact(noted)}, and "
-            + (f"MLFLOW_TRACKING_URI names {redact(named)}" if named else "your environment holds credentials")
+            f"expected --uri or MLFLOW_TRACKING_URI: {delivery.spool.root} says to deliver to {redact(noted)}; "
+            "say so too, if that is where it shall go"
         )
 
 

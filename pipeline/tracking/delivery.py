@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
@@ -27,8 +28,8 @@ from pipeline.tracking.spool import (
     RunRecord,
     Spool,
     artifact_stamp,
+    outside,
     plain_key,
-    require_inside,
 )
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Delivery:
         steps: Sequence[Callable[[RunRecord, Delivered], Delivered]] = (
             self._run,
             self._params_and_tags,
-            self._metrics,
+            partial(self._metrics, refused),
             self._datasets,
             self._status,
             # What depends on a store of files, or on other runs, is refused one by one and holds up nothing.
@@ -183,12 +184,15 @@ class Delivery:
             self._mlflow.log_batch(_id(done), tags=tags_chunk)
         return done.model_copy(update={"params": tuple(record.params)})
 
-    def _metrics(self, record: RunRecord, done: Delivered) -> Delivered:
+    def _metrics(self, refused: list[str], record: RunRecord, done: Delivered) -> Delivered:
         from mlflow.entities import Metric
 
         offsets = dict(done.offsets)
         for name in record.journals:
             path = self.spool.root / name
+            if (reason := outside(path, self.spool.root)) is not None:
+                refused.append(f"{name}: {reason}")
+                continue
             start = offsets.get(name, 0)
             if path.is_file() and path.stat().st_size < start:
                 start = 0
@@ -215,7 +219,7 @@ class Delivery:
                 continue
             with self._one_by_one(refused, done, wanted.directory):
                 directory = self.spool.root / wanted.directory
-                require_inside(directory, self.spool.root)
+                _require_inside(directory, self.spool.root)
                 version = self.registry.register(
                     directory, _id(done), tags=wanted.tags, description=wanted.description, alias=wanted.alias
                 )
@@ -230,7 +234,7 @@ class Delivery:
             if not stamp or stamp == stamps.get(artifact.path):
                 continue
             with self._one_by_one(refused, done, artifact.path):
-                require_inside(path, self.spool.root)
+                _require_inside(path, self.spool.root)
                 if path.is_dir():
                     folder = "/".join(filter(None, (artifact.folder, path.name)))
                     self._mlflow.log_artifacts(_id(done), str(path), folder)
@@ -280,6 +284,11 @@ def _dataset_input(use: DatasetUse) -> "DatasetInput":
         profile=json.dumps(use.profile) if use.profile else None,
     )
     return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", use.context)])
+
+
+def _require_inside(path: Path, root: Path) -> None:
+    if (reason := outside(path, root)) is not None:
+        raise ValueError(reason)
 
 
 def _cut(value: str, limit: int) -> str:

@@ -193,7 +193,7 @@ class Registry:
         be written to.
         """
         found = self.resolve(reference)
-        directory = Path(directory)
+        directory = Path(directory).resolve()  # "." cannot be replaced
         if _has_content(directory):
             bank_files.verify(directory, found.digest, found.reference)
             return found

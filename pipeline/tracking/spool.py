@@ -185,15 +185,12 @@ def target_name(uri: str) -> str:
     return f"{label}-{hashlib.sha256(public.encode()).hexdigest()[:8]}"
 
 
-def require_inside(path: Path, root: Path) -> None:
-    """Refuse to send what a link in a directory from elsewhere leads to.
-
-    Raises:
-        ValueError: a file is not below `root`.
-    """
+def outside(path: Path, root: Path) -> str | None:
+    """Why a file, or a directory with its files, is not to be sent: a link leads out of `root`."""
     for file in (path, *path.rglob("*")):
         if not file.resolve().is_relative_to(root.resolve()):
-            raise ValueError(f"expected files of the chain's own directory, got {file}, a link to {file.resolve()}")
+            return f"expected files of the chain's own directory, got {file}, a link to {file.resolve()}"
+    return None
 
 
 def _holds_more(journal: Path, sent: int) -> bool:
@@ -232,7 +229,9 @@ def flatten(values: Mapping[str, Any]) -> dict[str, str]:
 def plain_key(key: str) -> str:
     """MLflow takes letters, digits and _-. :/ in the name of a metric, a parameter or a tag."""
     plain = "".join(c if c.isalnum() or c in _KEY_CHARS else "_" for c in key)[:_KEY_LENGTH]
-    return plain if posixpath.normpath(plain) == plain else plain.replace("/", "_")  # else a path with another spelling
+    if posixpath.normpath(plain) != plain or plain.startswith(("/", "..")) or plain == ".":  # no name, but a path
+        plain = f"_{plain.replace('/', '_')}"[:_KEY_LENGTH]
+    return plain
 
 
 def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.bank_files import bank_digest
+from pipeline.tracking.client import sqlite_path
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Journal, read_history
@@ -69,10 +70,12 @@ class Tracker:
             self._flusher.stop(_KILL_SECONDS if killed else self.config.close_seconds)
             self._flusher = None
         if self.config.enabled and (left := self.pending()):
+            named = sqlite_path(self.uri) is None and redact(self.uri) == self.uri  # `sync` asks for it
             _log.warning(
-                "%d runs are not in MLflow (%s) yet; deliver them with: python -m pipeline.tracking sync %s",
+                "%d runs are not in MLflow (%s) yet; deliver them with: python -m pipeline.tracking sync %s%s",
                 left,
                 redact(self.uri),
+                f"--uri {self.uri} " if named else "",
                 self.spool.root,
             )
 
@@ -227,7 +230,9 @@ class Run:
 
     def _relative(self, path: Path) -> str:
         path, root = Path(path).absolute(), self.tracker.spool.root
-        return str(path.relative_to(root) if path.is_relative_to(root) else path)
+        if not path.is_relative_to(root):
+            raise ValueError(f"expected a path below {root}, got {path}")
+        return str(path.relative_to(root))
 
 
 class StageRun(Run):

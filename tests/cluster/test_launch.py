@@ -107,6 +107,30 @@ def test_a_job_that_fails_for_its_own_reason_takes_no_other_along(
     assert all(isinstance(result, ToyResult) for result in results(made)[3:])
 
 
+def test_a_controller_that_always_dies_ends_the_group_also_after_a_job_of_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train import ControllerError
+
+    made, fits = [ToyJob(output=tmp_path / str(number), seed=number) for number in range(2)], []
+
+    def fit(work: Work, *_: object) -> None:
+        fits.append(len(work.jobs))
+        assert len(fits) < 20
+        if len(fits) == 1:
+            done(work.run, ToyResult(seed=0, world_size=1, total=1.0, backend="gloo")).save(made[0].output)
+        raise ControllerError(ActorDiedError())
+
+    monkeypatch.setattr(launching, "_fit", fit)
+    monkeypatch.setattr(launching, "connected", lambda: True)
+    launching._run_group(Work("run", made, toy_train), ScalingConfig(max_failures=3), Capacity(({"CPU": 1.0},)))
+    assert fits == [2, 1, 1, 1]
+    first, second = results(made)
+    assert isinstance(first, ToyResult)
+    assert isinstance(second, TrainingFailed)
+
+
 @pytest.mark.parametrize("max_failures", [0, 3])
 def test_every_job_bears_failures_of_its_own(
     max_failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

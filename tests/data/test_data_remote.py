@@ -130,6 +130,13 @@ def test_what_another_try_may_have_is_told_from_what_is_not_there(backends, monk
     assert isinstance(caught.value, DataUnreachableError) == again
 
 
+def test_a_node_cache_that_cannot_be_is_a_lasting_mistake(rgb_npz, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data\.node_cache=") as caught:
+        copy_to_node(rgb_npz.path("train"), tmp_path / "file" / "cache")
+    assert not isinstance(caught.value, DataUnreachableError)
+
+
 @pytest.mark.parametrize(("url", "package"), [("s3://b/x.npz", "s3fs"), ("gs://b/x.npz", "gcsfs")])
 def test_a_missing_backend_is_named(url, package):
     if importlib.util.find_spec(package):

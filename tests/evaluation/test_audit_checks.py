@@ -152,20 +152,25 @@ def test_dead_gradients_of_all_correct_images_are_a_failure_however_few_these_ar
     assert (found.verdict, found.details["count"], found.details["share"]) == ("fail", 8, 1)
 
 
-class _Float32Softmax(nn.Module):
-    """Attention's usual way: a part in float32 whatever the rest is."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return torch.log_softmax(self.model(x).float(), 1).type_as(x)
+PARTS_IN_FLOAT32 = {
+    "input": {"before": lambda x: x.float().type_as(x)},
+    "softmax": {"after": lambda z: torch.log_softmax(z.float(), 1).type_as(z)},
+}
 
 
-def test_an_honest_network_with_parts_in_float32_is_not_condemned(robust, digits):
-    found = finite_difference.check(subject_of(_Float32Softmax(robust), digits.test_x[:32], digits.test_y[:32]))
-    assert (found.verdict, "parts of the model do not run in float64" in found.summary) == ("skip", True)
+@pytest.mark.parametrize("part", sorted(PARTS_IN_FLOAT32))
+@pytest.mark.parametrize("side", [8, 224])
+def test_an_honest_network_with_parts_in_float32_is_not_condemned(part, side):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 10)
+    )
+    x = torch.rand(8, 3, side, side)
+    model = Lambda(net, **PARTS_IN_FLOAT32[part]).eval()
+    found = finite_difference.check(subject_of(model, x, model(x).argmax(1)))
+    assert (found.verdict, "parts of the model run in float32" in found.summary) == ("skip", True)
+    honest = finite_difference.check(subject_of(net.eval(), x, net(x).argmax(1)))
+    assert honest.verdict == "pass"
 
 
 def test_what_all_logits_of_an_image_have_in_common_hides_no_noise(robust, digits):

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import EvaluationConfig
-from pipeline.evaluation import Accuracy, AuditReport, Check, Evaluation, difference, mcnemar, promotion_verdict
+from pipeline.evaluation import CHECKS, Accuracy, AuditReport, Check, Evaluation, difference, mcnemar, promotion_verdict
 from pipeline.evaluation.promotion import control_reasons, paired_gain
 from pipeline.evaluation.records import AttackResult
 from pipeline.training.model_io import ModelMeta, save_model
@@ -35,10 +35,22 @@ def control(correct: int, *, own="c", other="m", **changes) -> Evaluation:
 
 
 def report(*, budget="full", verdict="pass", digest="m", threat=THREAT) -> AuditReport:
-    check = Check(
-        number=4, name="black_box", verdict=verdict, figure=0.0, warn_above=0.0, fail_above=0.0, summary="", details={}
-    )
-    return AuditReport(budget=budget, n=1000, threat=threat, model_digest=digest, checks=(check,))
+    checks = tuple(
+        Check(
+            number=number, name="black_box" if number == 4 else f"check {number}", figure=0.0, warn_above=0.0,
+            verdict=verdict if number == 4 else "pass", fail_above=0.0, summary="", details={},
+        )
+        for number in range(1, len(CHECKS) + 1)
+    )  # fmt: skip
+    return AuditReport(budget=budget, n=1000, threat=threat, model_digest=digest, checks=checks)
+
+
+def test_an_audit_of_before_a_check_was_made_is_not_enough():
+    older = report()
+    older = older.model_copy(update={"checks": older.checks[:15]})
+    verdict = promotion_verdict(evaluation(120), control(100), older)
+    assert not verdict.allowed
+    assert verdict.reasons == ("the audit is an older one, without check 16, 17: evaluate again",)
 
 
 def test_a_better_audited_candidate_is_allowed_with_the_interval_stated():

@@ -254,6 +254,31 @@ def test_a_reference_in_training_mode_is_asked_in_eval_mode_and_left_as_it_was(r
     assert all(torch.equal(before[name], tensor) for name, tensor in twin.state_dict().items())
 
 
+class _Peculiar(nn.Module):
+    """Keeps a grid that it makes when it is first asked, and has a `train` that returns nothing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("grid", None, persistent=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def forward(self, x):
+        if self.grid is None:
+            self.grid = torch.zeros_like(x[:1])
+        return self.model(x + self.grid)
+
+
+def test_what_a_network_makes_when_it_is_first_asked_does_not_make_it_another_one(robust, prepared, tmp_path):
+    audit = AuditConfig(budget="quick", num_examples=16)
+    config = CONFIG.model_copy(update={"attacks": (FGSMAttack(),), "num_examples": 32, "audit": audit})
+    result = evaluate(_Peculiar(robust), prepared, config, tmp_path, seed=0)
+    assert result.audit.model_digest == result.model_digest
+    assert {check.name for check in result.audit.checks if check.verdict == "skip"}.isdisjoint({"finite_difference"})
+
+
 def test_logits_that_are_no_numbers_are_no_right_answer(robust, digits):
     def overflows(x):
         z = robust(x)

@@ -9,6 +9,7 @@ import torch
 from pipeline.config.base import ThreatModel
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.tracking import TrackingConfig
+from pipeline.evaluation.audit import CHECKS
 from pipeline.evaluation.judged_model import model_digest
 from pipeline.evaluation.records import AttackResult, AuditReport, Check, Evaluation
 from pipeline.evaluation.stats import Accuracy
@@ -51,7 +52,10 @@ def write_evaluation(
     directory: Path, network: Path, reference: Path, correct: int, *, budget: str = "full", attack: str = "autoattack"
 ):
     digest, union = model_digest(load_model(network)), Accuracy.of(correct, 100)
-    check = Check(number=1, name="a", verdict="pass", figure=0.0, warn_above=1, fail_above=2, summary="", details={})
+    checks = tuple(
+        Check(number=number, name="a", verdict="pass", figure=0.0, warn_above=1, fail_above=2, summary="", details={})
+        for number in range(1, len(CHECKS) + 1)
+    )
     result = AttackResult(name=attack, threat=THREAT, attacked=90, fooled=90 - correct, accuracy=union)
     Evaluation(
         dataset="digits",
@@ -70,7 +74,7 @@ def write_evaluation(
         per_class=(),
         warnings=(),
         arrays_sha256="a" * 64,
-        audit=AuditReport(budget=budget, n=100, threat=THREAT, model_digest=digest, checks=(check,)),  # type: ignore[arg-type]
+        audit=AuditReport(budget=budget, n=100, threat=THREAT, model_digest=digest, checks=checks),  # type: ignore[arg-type]
     ).save(directory)
 
 

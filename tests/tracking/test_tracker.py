@@ -178,52 +178,69 @@ def test_a_clock_that_was_set_back_loses_no_lineage(root: Path, config: Tracking
     assert upstream == {"pretrain": runs(root)["pretrain"].info.run_id}
 
 
+@pytest.mark.parametrize("what", ["artifact", "journal"])
 @pytest.mark.parametrize("way", ["absolute", "above", "link"])
 def test_of_a_directory_from_elsewhere_nothing_outside_is_sent(
-    way: str, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+    way: str, what: str, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ):
     secret = tmp_path / "id_rsa"
-    secret.write_text("private")
+    with Journal(secret) as journal:
+        journal.log({"secret": 42.0}, 0)
     tracker = Tracker(TrackingConfig(enabled=False), root)
     with tracker.chain("demo") as chain:
         (root / "page.html").symlink_to(secret)
-        chain.artifact(root / "page.html")
+        chain.artifact(root / "page.html") if what == "artifact" else chain.mirror(root / "page.html")
     if way != "link":
         (record,) = (root / "tracking" / "runs").glob("*.json")
-        written = json.loads(record.read_text())
-        written["artifacts"][0]["path"] = str(secret) if way == "absolute" else "../id_rsa"
-        record.write_text(json.dumps(written))
+        written = record.read_text().replace("page.html", str(secret) if way == "absolute" else "../id_rsa")
+        record.write_text(written)
     assert main(["sync", str(root)]) == (1 if way == "link" else 2)
     assert ("a link to" if way == "link" else "expected names below") in capsys.readouterr().err
     assert not list(root.glob("mlartifacts/**/*.html")) + list(root.glob("mlartifacts/**/id_rsa"))
+    assert way != "link" or not runs(root)["demo"].data.metrics
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [{"MLFLOW_TRACKING_URI": "http://mlflow.example.org:5000"}, {"MLFLOW_TRACKING_PASSWORD": "hunter2"}],
-)
+def test_what_lies_outside_of_a_chain_is_refused_and_spoils_nothing(tmp_path: Path, root: Path):
+    tracker = Tracker(TrackingConfig(enabled=False), root)
+    with tracker.chain("demo") as chain:
+        chain.tag({"a": "b"})
+        with pytest.raises(ValueError, match="expected a path below"):
+            chain.artifact(tmp_path / "page.html")
+    assert len(tracker.spool.records()) == 1
+
+
 def test_passwords_go_to_no_server_that_only_a_directory_names(
-    environment: dict[str, str], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    config = TrackingConfig(enabled=False, uri="http://127.0.0.1:9")
+    config, there = TrackingConfig(enabled=False, uri="http://127.0.0.1:9"), "http://127.0.0.1:9"
     with Tracker(config, root).chain("demo") as chain:
         chain.metrics({"robust": 0.5})
-        chain.tracker.spool.aim(config, "http://127.0.0.1:9")
-    assert main(["sync", str(root)]) == 1  # it is away
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    capsys.readouterr()
+    chain.tracker.spool.aim(config, there)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    assert main(["status", str(root)]) == 1  # asks no server
     assert main(["sync", str(root)]) == 2
     error = capsys.readouterr().err
-    assert "expected --uri: " in error
-    assert "says to deliver to http://127.0.0.1:9" in error
+    assert f"expected --uri or MLFLOW_TRACKING_URI: {root} says to deliver to {there}" in error
     assert "hunter2" not in error
-    assert main(["sync", str(root), "--uri", "http://127.0.0.1:9"]) == 1  # chosen, and away
+    assert main(["sync", str(root), "--uri", there]) == 1  # chosen, and away
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", there)
+    assert main(["sync", str(root)]) == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.org:5000")
+    assert main(["sync", str(root)]) == 2
     assert main(["sync", str(root), "--uri", "http://me:hunter2@127.0.0.1:9"]) == 2
     assert "--uri: expected a uri without a password" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["paper (2021)", "a//b", "x" * 300, "ü", ""])
+def test_a_chains_own_database_needs_no_second_word(root: Path, monkeypatch: pytest.MonkeyPatch):
+    config = TrackingConfig(enabled=False, uri=f"sqlite:///{root}/mlflow.db")
+    with Tracker(config, root).chain("demo") as chain:
+        chain.metrics({"robust": 0.5})
+    chain.tracker.spool.aim(config, str(config.uri))
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    assert main(["sync", str(root)]) == 0
+
+
+@pytest.mark.parametrize("name", ["paper (2021)", "a//b", "x" * 300, "ü", "", "../x"])
 def test_any_name_of_a_setting_or_a_tag_is_delivered(name: str, root: Path, config: TrackingConfig, bank: Path):
     chain = Tracker(config, root).chain("demo", params={"bank": {"source": {name: "x"}}})
     with chain, chain.stage("freeze") as stage:

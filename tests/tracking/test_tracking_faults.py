@@ -184,7 +184,7 @@ def test_runs_for_an_address_with_credentials_go_nowhere_else(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert main([command, str(root)]) == 2
     error = capsys.readouterr().err
-    assert "expected --uri or MLFLOW_TRACKING_URI" in error
+    assert "expected MLFLOW_TRACKING_URI: the runs of" in error
     assert error.count("\n") == 1
     assert Spool(root).pending(here)
     assert main(["sync", str(root), "--uri", here]) == 0

@@ -97,7 +97,7 @@ def audit(
         n=len(y),
         threat=threat,
         seed=seed,
-        model_digest=model_digest(model),
+        model_digest=model_digest(model if pristine is None else pristine),
         reference_digest=None if reference is None else model_digest(reference),
         checks=(),
         matched={name: model_digest(other) for name, other in (matched or {}).items()},

@@ -42,7 +42,8 @@ def check(subject: Subject) -> Check:
 def _trace_of_the_attack(subject: Subject, pristine: nn.Module) -> Tensor:
     """Largest difference between what a model says of adversarial images that was asked many others, and one that was
     asked nothing yet: a defence that remembers queries answers as if they were the images that it saw first."""
-    x_adv, fresh = subject.white_adv[: subject.effort.num_probed], copy.deepcopy(pristine).eval()
+    x_adv, fresh = subject.white_adv[: subject.effort.num_probed], copy.deepcopy(pristine)
+    fresh.eval()
     with torch.no_grad():
         largest_change: Tensor = (subject.model(x_adv) - fresh(x_adv)).abs().max()
     return largest_change

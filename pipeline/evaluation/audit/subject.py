@@ -138,7 +138,9 @@ class Subject:
     @cached_property
     def double(self) -> nn.Module:
         """A float64 copy of the model."""
-        return copy.deepcopy(self.model).double().eval()
+        model = copy.deepcopy(self.model).double()
+        model.eval()
+        return model
 
     def correct(self, x_adv: Tensor) -> Tensor:
         """Bool over x: whether the model gets its adversarial image right."""
