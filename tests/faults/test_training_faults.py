@@ -107,7 +107,7 @@ def test_clock_is_set_back(make_job: MakeJob, undisturbed: Result, tmp_path: Pat
 def test_disk_is_full_while_checkpoints_are_written(make_job: MakeJob, undisturbed: Result, disk: Disk) -> None:
     job = make_job(disk.root / "run")
     for leave in (0, 30_000):
-        process = start(job, pause=0.05)
+        process = start(job, pause=0.5)
         wait_for_step(job, process, steps_done(job) + 2)
         disk.fill(leave)
         process.join(60)
