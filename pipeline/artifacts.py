@@ -16,9 +16,9 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError, field_validator
+from pydantic import AfterValidator, ValidationError
 
 from pipeline.config.base import Section
 
@@ -51,6 +51,17 @@ def runs_root() -> Path:
     return Path("runs").absolute()
 
 
+def _below(name: str) -> str:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"expected names below the record's directory, got {name}")
+    return name
+
+
+Below = Annotated[str, AfterValidator(_below)]
+"""A name in a record that may come from elsewhere: what it names is sent or, damaged, deleted, and must lie below the
+record's own directory."""
+
+
 class FileDigest(Section):
     """Size in bytes and digest of one output file."""
 
@@ -66,28 +77,9 @@ class StageRecord(Section):
     fingerprint: str
     inputs: dict[str, Any]
     payload: dict[str, Any]
-    outputs: dict[str, FileDigest]
+    outputs: dict[Below, FileDigest]
     """By name, below the stage's directory."""
     output_digest: str
-
-    @field_validator("outputs")
-    @classmethod
-    def _below_the_directory(cls, outputs: dict[str, FileDigest]) -> dict[str, FileDigest]:
-        """Damaged outputs are deleted, so a record from elsewhere may name nothing else."""
-        for name in outputs:
-            below(name)
-        return outputs
-
-
-def below(name: str) -> str:
-    """A name in a record, which must be below the record's own directory.
-
-    Raises:
-        ValueError: it leads out of there.
-    """
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"expected names below the record's directory, got {name}")
-    return name
 
 
 def canonical(value: Any) -> str:

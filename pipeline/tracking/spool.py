@@ -14,17 +14,15 @@ import uuid
 from collections.abc import Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from pipeline.artifacts import below, write_atomic
+from pipeline.artifacts import Below, write_atomic
 from pipeline.config.base import Section
 from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.journal import read_journal
 
-Below = Annotated[str, AfterValidator(below)]
-"""A name below the chain's directory: what is sent of a directory from elsewhere must lie in it."""
 _KEY_CHARS, _KEY_LENGTH = "_-. :/", 250
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

@@ -2,8 +2,6 @@
 
 import logging
 
-import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 
 from pipeline.artifacts import MODEL, write_atomic
@@ -16,7 +14,7 @@ from pipeline.training.memory import explain_validation_memory
 from pipeline.training.model_io import load_model, model_sha256, record_sha256, save_model
 from pipeline.training.monitor import Monitor
 from pipeline.training.reporter import percent
-from pipeline.training.run import Run
+from pipeline.training.run import Run, num_ranks
 from pipeline.training.validation import validate
 from sparta_models import ActivationBank
 
@@ -180,8 +178,4 @@ def finished(job: TrainJob, fingerprint: str, context: Context) -> TrainedModel 
         whole = trained.fingerprint == fingerprint and found == expected
     except (OSError, ValidationError, DamagedFilesError):
         trained, whole = None, False
-    if context.world_size > 1:
-        agreed = torch.tensor(int(whole), device=context.device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        whole = bool(agreed.item())
-    return trained if whole else None
+    return trained if num_ranks(whole, context) == context.world_size else None

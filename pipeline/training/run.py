@@ -208,8 +208,13 @@ def open_run(
 
 def _agreed(precision: str, context: Context) -> str:
     """What all ranks can: they may be on different machines, and "auto" is each one's own opinion."""
-    votes = torch.tensor(float(precision == "bf16"), dtype=torch.float64, device=context.device)
-    return "bf16" if sum_over_ranks(votes, context.world_size).item() == context.world_size else "fp32"
+    return "bf16" if num_ranks(precision == "bf16", context) == context.world_size else "fp32"
+
+
+def num_ranks(condition: bool, context: Context) -> int:
+    """On how many ranks it holds."""
+    votes = torch.tensor(float(condition), dtype=torch.float64, device=context.device)
+    return int(sum_over_ranks(votes, context.world_size).item())
 
 
 def _attack_bn(config: TrainingConfig) -> str:
@@ -274,8 +279,7 @@ def _restored(
 def _taken_up(saved: Progress, context: Context, arithmetic: Arithmetic) -> Progress:
     """The saved state as this process goes on with it; rank 0 says so if it will come to other bits."""
     begun = saved.arithmetic
-    other = torch.tensor(float(begun not in (None, arithmetic)), dtype=torch.float64, device=context.device)
-    others = int(sum_over_ranks(other, context.world_size).item())
+    others = num_ranks(begun not in (None, arithmetic), context)
     state = saved.resumed_by(context.world_size, arithmetic, alike=not others)
     if context.rank == 0 and state.world_size != saved.world_size:
         _log.warning(

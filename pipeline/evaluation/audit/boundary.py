@@ -8,7 +8,7 @@ continuously on the image the two best are level at the change of class; one tha
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.subject import Subject, spread
 from pipeline.evaluation.audit.verdict import judged, skipped
 from pipeline.evaluation.records import Check
 
@@ -29,8 +29,7 @@ def check(subject: Subject) -> Check:
         if other is None:
             return skipped(17, "boundary", "the model sees one class alone")
         near, far = _change(subject, x, x[other], classes)
-        spread = (logits - logits.mean(1, keepdim=True)).std().clamp_min(1e-12)
-        jumps = torch.maximum(*(_margin(subject.model(end)) for end in (near, far))) / spread
+        jumps = torch.maximum(*(_margin(subject.model(end)) for end in (near, far))) / spread(logits)
     return judged(
         17, "boundary", float((~(jumps <= JUMP)).float().mean()), warn=WARN, fail=FAIL,
         summary=f"share of changes of class at which the two best logits differ by more than {JUMP:.0%} of the logits' "

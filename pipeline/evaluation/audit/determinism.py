@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation.audit.subject import Subject
+from pipeline.evaluation.audit.subject import Subject, spread
 from pipeline.evaluation.audit.verdict import judged, largest
 from pipeline.evaluation.records import Check
 
@@ -25,12 +25,11 @@ def check(subject: Subject) -> Check:
         alone = torch.cat([subject.model(image[None]) for image in x])
         company = subject.model(torch.cat([x, 1 - x]))[: len(x)]
     changed = any(not torch.equal(old, new) for old, new in zip(before, _state(subject.model), strict=True))
-    # What an image has in common for all classes decides nothing.
-    spread = (logits - logits.mean(1, keepdim=True)).std().clamp_min(1e-12)
+    unit = spread(logits)
     others = {"called again": again, "other order": reversed_order, "alone": alone, "other company": company}
-    changes = {name: float((other - logits).abs().max() / spread) for name, other in others.items()}
+    changes = {name: float((other - logits).abs().max() / unit) for name, other in others.items()}
     if subject.pristine is not None and len(subject.x):
-        changes["after the attack"] = float(_trace_of_the_attack(subject, subject.pristine) / spread)
+        changes["after the attack"] = float(_trace_of_the_attack(subject, subject.pristine) / unit)
     return judged(
         13, "determinism", largest(changes.values()) + float(changed), warn=WARN, fail=FAIL,
         summary="largest change of a logit, in units of the logits' spread, between calls and batches"

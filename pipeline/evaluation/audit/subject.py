@@ -47,6 +47,11 @@ EFFORTS: dict[str, Effort] = {
 }  # fmt: skip
 
 
+def spread(logits: Tensor) -> Tensor:
+    """Standard deviation of logits (B, num_classes) within images: what all classes have in common decides nothing."""
+    return (logits - logits.mean(1, keepdim=True)).std().clamp_min(1e-12)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model under audit, in eval mode.
