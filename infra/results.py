@@ -13,7 +13,6 @@ robust accuracy on validation images. A shipped bank's card is made of the study
 
 import argparse
 import csv
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -27,13 +26,10 @@ from pipeline.cluster.sweep.results import COLUMNS as TRIAL_COLUMNS  # noqa: E40
 from pipeline.cluster.sweep.results import ERROR, TABLE  # noqa: E402
 from pipeline.report.study import FINALISTS, Entry, Study  # noqa: E402
 from pipeline.report.study_page import (  # noqa: E402
-    COLUMNS,
-    LEADS,
-    READING,
     RECORD,
     grid,
-    markdown,
-    table_rows,
+    overview,
+    tables,
     write_study,
 )
 from pipeline.training.model_io import load_model, model_sha256  # noqa: E402
@@ -43,7 +39,8 @@ from sparta_models.bank import PRETRAINED  # noqa: E402
 RESULTS = ROOT / "results"
 SWEEP = RESULTS / "sweep"
 NETWORKS = RESULTS / "networks"
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+OVERVIEW, ALL = "overview", "results"
+"""The blocks of README and docs/results.md that are written here."""
 CARD = "card.md"
 
 
@@ -149,41 +146,29 @@ def _value(name: str, text: str) -> str:
 
 
 def whole(found: Study) -> str:
-    """For docs/results.md: all tables and comparisons, and what every row was trained and judged as."""
+    """For docs/results.md: the table of every group, and what every row was trained and judged as."""
     rows = [
         (e.group, e.contender, str(e.seed), *(f"`{p[:12]}`" for p in (e.trained, e.evaluated, e.weights_sha256)))
         for e in found.entries
     ]
     prints = grid(("group", "contender", "seed", "training", "evaluation", "weights"), rows)
-    return "\n".join([markdown(found), *sweep(), "### Where the figures come from", "", *prints])
+    return "\n".join([tables(found), *sweep(), "### Where the figures come from", "", *prints])
 
 
-SHOWN = 3
-"""How many of a group's other contenders README shows, the strongest ones."""
+def quotations(found: Study) -> dict[str, dict[str, str]]:
+    """What stands between which marks of which file."""
+    short = "\n".join(overview(found))
+    return {"README.md": {OVERVIEW: short}, "docs/results.md": {OVERVIEW: short, ALL: whole(found)}}
 
 
-def short(found: Study) -> str:
-    """For README: one table, a group behind the other, of the main one, its control and the strongest others."""
-    kept = ("contender", "activation", "seeds", "clean %", "robust %", *LEADS.values(), "audit")
-    keep = [COLUMNS.index(name) for name in kept]
-    rows = []
-    for group in found.groups:
-        shown = {*found.with_role(group, "main"), *found.with_role(group, "control")}
-        shown.update(found.with_role(group, "other")[:SHOWN])
-        chosen = [[_verdicts(row[i]) for i in keep] for row in table_rows(found, group) if row[0] in shown]
-        rows += [(f"*{group}*" if row is chosen[0] else "", *row) for row in chosen]
-    return "\n".join([READING, "", *grid(("", *kept), rows)])
-
-
-def _verdicts(cell: str) -> str:
-    """Of the audits in a cell each verdict once; how many checks passed stands in docs/results.md."""
-    return "; ".join(dict.fromkeys(re.sub(r"(images): [^)]*\)", r"\1)", cell).split("; ")))
-
-
-def updated(text: str, block: str) -> str:
-    """The text with the block between its two marks."""
-    begin, end = text.index(BEGIN), text.index(END)
-    return f"{text[:begin]}{BEGIN}\n{block}\n{text[end:]}"
+def updated(text: str, name: str, block: str) -> str:
+    """The text with the block between the two marks of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"expected the marks {begin} and {end}, got none")
+    return f"{before}{begin}\n{block}\n{end}{after}"
 
 
 def card(name: str, entries: list[Entry]) -> str:
@@ -269,8 +254,12 @@ def main() -> None:
     if args.sweep:
         take_sweep(args.sweep)
     found = study()
-    for path, block in ((ROOT / "README.md", short(found)), (ROOT / "docs" / "results.md", whole(found))):
-        path.write_text(updated(path.read_text(encoding="utf-8"), block), encoding="utf-8")
+    for name, blocks in quotations(found).items():
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        for mark, block in blocks.items():
+            text = updated(text, mark, block)
+        path.write_text(text, encoding="utf-8")
     if args.ship:
         ship(args.ship[0], Path(args.ship[1]))
     write_cards()

@@ -71,6 +71,12 @@ PixelStep = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_
 """A step in pixel units; may be 0; accepts "2/255". As to 1, see Eps."""
 
 
+def radius_label(eps: float) -> str:
+    """A radius for people: four digits, or as "8/255" where these are not exact and that is."""
+    digits, levels = f"{eps:.4g}", 255 * eps
+    return f"{levels:.0f}/255" if float(digits) != eps and abs(levels - round(levels)) < 1e-6 else digits
+
+
 class ThreatModel(Section):
     """What the adversary may do: move an image by at most eps in a norm, inside [0, 1]."""
 
@@ -87,7 +93,12 @@ class ThreatModel(Section):
 
     @property
     def label(self) -> str:
-        """Short name for tables, e.g. "linf 0.0314"."""
+        """Short name for people, e.g. "linf 8/255"."""
+        return f"{self.norm} {radius_label(self.eps)}"
+
+    @property
+    def key(self) -> str:
+        """Short name in files and in what random numbers come from, e.g. "linf 0.03137"."""
         return f"{self.norm} {self.eps:.4g}"
 
     def scaled(self, multiple: float) -> "ThreatModel":

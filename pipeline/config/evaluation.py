@@ -153,9 +153,9 @@ def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _distinct_threats(threats: tuple[ThreatModel, ...]) -> tuple[ThreatModel, ...]:
-    labels = [threat.label for threat in threats]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"expected adversaries that differ in four digits, got {', '.join(labels)}")
+    keys = [threat.key for threat in threats]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"expected adversaries that differ in four digits, got {', '.join(keys)}")
     return threats
 
 

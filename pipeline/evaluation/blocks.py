@@ -115,7 +115,7 @@ def judge_block(
         for threat in config.other_threats:
             other = _Cascade(model, x, y, clean, threat)
             for attack in OTHER_ATTACKS:
-                key = f"{threat.label}/{attack.name}"
+                key = f"{threat.key}/{attack.name}"
                 found[f"correct/{key}"] = other.run(attack, short_seed(seed, key, number), reference)
         found.update(_curve(model, block, clean, config, seed=seed))
         found.update(_pictures(main, clean, predict(model, main.x_adv), config, block.positions))

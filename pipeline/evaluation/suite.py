@@ -158,7 +158,7 @@ def _merge(
         other_threats=tuple(
             result
             for threat in config.other_threats
-            for result in _attack_results(arrays, threat, [a.name for a in OTHER_ATTACKS], f"{threat.label}/")
+            for result in _attack_results(arrays, threat, [a.name for a in OTHER_ATTACKS], f"{threat.key}/")
         ),
         curve=_curve(arrays, config, _in_curve(prepared, config, arrays["index"].astype(np.int64))),
         per_class=_per_class(arrays, prepared.class_names),

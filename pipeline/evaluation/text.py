@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pipeline.config.base import radius_label
 from pipeline.evaluation.records import AuditReport, ClassResult, Evaluation
 
 _NUM_CLASSES = 10
@@ -17,7 +18,7 @@ def describe(result: Evaluation) -> str:
     ]
     lines.append(f"{'union':<24} {result.union}")
     lines += [f"{attack.threat.label + ' ' + attack.name:<24} {attack.accuracy}" for attack in result.other_threats]
-    lines += [f"{f'eps {point.eps:.4g}':<24} {point.accuracy}" for point in result.curve]
+    lines += [f"{f'eps {radius_label(point.eps)}':<24} {point.accuracy}" for point in result.curve]
     lines += _class_lines(result.per_class)
     lines += [f"warning: {warning}" for warning in result.warnings]
     if result.audit is not None:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from jinja2 import Environment
 
+from pipeline.config.base import radius_label
 from pipeline.config.report import ReportConfig
 from pipeline.evaluation.stats import Accuracy
 from pipeline.report import charts, facts
-from pipeline.report.charts import in_pixel_steps
 from pipeline.report.environment import environment
 from pipeline.report.gates import responses
 from pipeline.report.inputs import ModelCard, ReportInputs
@@ -160,8 +160,7 @@ def _big(number: float) -> str:
 
 def _threat(card: ModelCard) -> str:
     threat = card.evaluation.config.threat
-    eps = f"{255 * threat.eps:.0f}/255" if in_pixel_steps(threat) else f"{threat.eps:.3g}"
-    return f"{threat.norm}, eps {eps}"
+    return f"{threat.norm}, eps {radius_label(threat.eps)}"
 
 
 def _check_of(card: ModelCard, number: int) -> object:

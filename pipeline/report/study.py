@@ -5,7 +5,7 @@ paired t test over the images' differences, averaged over the seeds).
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -81,9 +81,9 @@ class Entry(Section):
     robust: Accuracy
     """On the test split: per-example worst case over all attacks."""
     trained_by: str
-    """Method of the training and, where it has one, its adversary, e.g. "pgd_at at linf 0.03137"."""
+    """Method of the training and, where it has one, its adversary, e.g. "pgd_at at linf 8/255"."""
     judged_under: str
-    """The adversary of the evaluation, e.g. "linf 0.03137"."""
+    """The adversary of the evaluation, e.g. "linf 8/255"."""
     attacks: dict[str, float]
     """Accuracy after each attack of the cascade."""
     audit: str
@@ -159,6 +159,8 @@ class Comparison(Section):
     a: str
     b: str
     what: What
+    means: tuple[float, float]
+    """Accuracy of a and of b over the seeds that both have."""
     over_seeds: Mean
     """Mean difference and its interval over seeds, on these images."""
     over_images: Mean
@@ -248,6 +250,7 @@ class Study(Section):
             a=a,
             b=b,
             what=what,
+            means=(_mean_of(ones, seeds, what), _mean_of(others, seeds, what)),
             over_seeds=Mean.of(gaps.mean(axis=1)),
             over_images=Mean.of(gaps.mean(axis=0)),
             p_images=_p_value(gaps.mean(axis=0)),
@@ -260,8 +263,12 @@ class Study(Section):
         return sorted(names, key=lambda name: (-means[name].num, -means[name].value, name))
 
     def comparisons(self, group: str) -> list[Comparison]:
-        """The main contender against the control and against the two strongest of the others, robust and clean."""
-        against = [*self.with_role(group, "control"), *self.with_role(group, "other")[:2]]
+        """The main contender against the control, against what the control's activation reaches when it is given more
+        (width, epochs), and against the two strongest of the others; robust and clean."""
+        control, others = self.with_role(group, "control"), self.with_role(group, "other")
+        activations = {self.of(group, name)[0].activation for name in control}
+        given_more = [name for name in others if self.of(group, name)[0].activation in activations]
+        against = [*control, *given_more, *[name for name in others if name not in given_more][:2]]
         whats: tuple[What, ...] = ("robust", "clean")
         return [
             self.compare(group, main, name, what)
@@ -334,6 +341,10 @@ def _expect_the_same(known: Entry, entry: Entry) -> None:
                 f"{' '.join(map(str, entry.key))}: expected {what} {one[:12]}, got {other[:12]}; networks of another "
                 "configuration, code or kind of processor cannot stand beside these: run the whole group with it"
             )
+
+
+def _mean_of(entries: Mapping[int, Entry], seeds: Sequence[int], what: What) -> float:
+    return float(np.mean([entries[seed].accuracy(what).value for seed in seeds]))
 
 
 def _p_value(gaps: npt.NDArray[np.float64]) -> float:

@@ -27,11 +27,13 @@ def write_study(study: Study, output: Path, *, dpi: int = 150) -> list[Path]:
     charts = [_chart(study, group, number, output, dpi) for number, group in enumerate(study.groups)]
     for number in itertools.takewhile(lambda n: (output / f"study-{n}.png").is_file(), itertools.count(len(charts))):
         (output / f"study-{number}.png").unlink()  # of an earlier study with more groups
-    tables = {group: table_rows(study, group) for group in study.groups}
     facts = {
         "study": study,
+        "overview": list(overview_rows(study)),
+        "overview_columns": OVERVIEW_COLUMNS,
+        "overview_reading": OVERVIEW_READING,
         "sentences": sentences,
-        "tables": tables,
+        "tables": {group: table_rows(study, group) for group in study.groups},
         "columns": COLUMNS,
         "cells": {group: cell_rows(study, group) for group in study.groups},
         "cell_columns": CELL_COLUMNS,
@@ -62,6 +64,42 @@ CELL_READING = (
     "What each of the two properties brings: every cell is the mean over its contenders (those in the network of the "
     "main one, with its epochs), over the seeds that all of them have; the differences are paired by seed, in points."
 )
+
+
+OVERVIEW_COLUMNS = (
+    *("group", "compared", "robust %", "robust difference", "clean %", "clean difference"),
+    *("seeds", "clearly", "audit"),
+)
+OVERVIEW_READING = (
+    "Accuracy of the two, over the seeds that both have, and their difference in points with its 95 % t interval over "
+    "seeds. Clearly: whose interval leaves out zero. Audit: what both audits for gradient masking found; off: not made."
+)
+
+
+def overview_rows(study: Study) -> Iterator[tuple[str, ...]]:
+    """Every comparison that the study draws, one a row."""
+    for group in study.groups:
+        found = study.comparisons(group)
+        for number, (robust, clean) in enumerate(zip(found[::2], found[1::2], strict=True)):
+            audits = {entry.audit for name in (robust.a, robust.b) for entry in study.of(group, name)}
+            yield (
+                group if number == 0 else "",
+                f"{robust.a} – {robust.b}",
+                *_two_and_difference(robust),
+                *_two_and_difference(clean),
+                str(robust.over_seeds.num),
+                ", ".join(_direction(c) for c in (robust, clean) if c.clear) or "neither",
+                "; ".join(sorted(audits)),
+            )
+
+
+def _two_and_difference(comparison: Comparison) -> tuple[str, str]:
+    one, other = comparison.means
+    return f"{100 * one:.1f} / {100 * other:.1f}", interval(comparison.over_seeds, signed=True)
+
+
+def _direction(comparison: Comparison) -> str:
+    return f"{comparison.what} {'higher' if comparison.over_seeds.value > 0 else 'lower'}"
 
 
 def table_rows(study: Study, group: str) -> list[tuple[str, ...]]:
@@ -117,7 +155,12 @@ def cell_rows(study: Study, group: str) -> list[tuple[str, ...]]:
 
 
 def markdown(study: Study) -> str:
-    """Tables and comparisons as Markdown; the same text for the same study."""
+    """All comparisons and tables as Markdown; the same text for the same study."""
+    return "\n".join([*overview(study), "", tables(study)])
+
+
+def tables(study: Study) -> str:
+    """The table of every group and what it says in words, as Markdown."""
     lines = [READING, ""]
     for group in study.groups:
         lines += [f"### {group}", "", f"{study.judges(group)}.", "", *grid(COLUMNS, table_rows(study, group))]
@@ -125,6 +168,11 @@ def markdown(study: Study) -> str:
         if cells := cell_rows(study, group):
             lines += [CELL_READING, "", *grid(CELL_COLUMNS, cells), ""]
     return "\n".join(lines)
+
+
+def overview(study: Study) -> list[str]:
+    """All comparisons as a Markdown table, with how to read it, line by line."""
+    return [OVERVIEW_READING, "", *grid(OVERVIEW_COLUMNS, overview_rows(study))]
 
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -122,7 +122,7 @@ def epochs_like_the_last(training: TrainingConfig, epochs: int) -> float:
 
 def _trained_by(training: TrainingConfig) -> str:
     threat, kind = training.threat, training.method.kind
-    return kind if kind == "standard" else f"{kind} at {threat.norm} {threat.eps:.4g}"
+    return kind if kind == "standard" else f"{kind} at {threat.label}"
 
 
 def _role(contender: str) -> Role:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.base import ThreatModel
 from pipeline.config.chain import ChainConfig
 from pipeline.config.load import ConfigError, apply_overrides, load_config, overlay, preset_names
 from pipeline.config.training import TRADESConfig
@@ -50,6 +51,20 @@ def test_numbers_are_decimal_and_a_leading_zero_or_a_colon_makes_a_word() -> Non
     assert [type(value) for value in found[:5]] == [int] * 5
     config = load_config("demo", ["seed=010", "training.optimizer.lr=1e-3", "training.threat.eps=8/255"])
     assert (config.seed, config.training.optimizer.lr, config.training.threat.eps) == (10, 1e-3, 8 / 255)
+
+
+@pytest.mark.parametrize(
+    ("threat", "label", "key"),
+    [
+        (ThreatModel(), "linf 8/255", "linf 0.03137"),
+        (ThreatModel(eps=0.2), "linf 0.2", "linf 0.2"),
+        (ThreatModel(eps=0.03), "linf 0.03", "linf 0.03"),
+        (ThreatModel(eps=2.5 / 255), "linf 0.009804", "linf 0.009804"),
+        (ThreatModel(norm="l2", eps="128/255"), "l2 128/255", "l2 0.502"),
+    ],
+)
+def test_a_radius_is_shown_as_it_is_written(threat: ThreatModel, label: str, key: str) -> None:
+    assert (threat.label, threat.key) == (label, key)
 
 
 @pytest.mark.parametrize(

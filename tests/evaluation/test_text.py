@@ -24,7 +24,7 @@ def evaluation(num_classes: int) -> Evaluation:
 
 def test_the_first_line_says_how_many_of_the_images_were_judged():
     first = describe(evaluation(2)).splitlines()[0]
-    assert first == "2 of 447 test images of digits, linf 0.03137, seed 3, weights abc"
+    assert first == "2 of 447 test images of digits, linf 8/255, seed 3, weights abc"
 
 
 def test_every_class_is_there_with_its_numbers():

@@ -13,6 +13,7 @@ from pipeline.artifacts import StageRecord, damaged_outputs, digest_outputs, loa
 from pipeline.config.load import load_config
 from pipeline.data import open_split, prepare
 from pipeline.data.sample import sample
+from pipeline.report.study_page import markdown
 from pipeline.training.model_io import load_model, model_sha256
 from sparta_models import ActivationBank, build_model, pretrained_banks
 from sparta_models.bank import PRETRAINED
@@ -26,10 +27,16 @@ def results() -> ModuleType:
     return script("results")
 
 
-@pytest.mark.parametrize(("path", "block"), [("README.md", "short"), ("docs/results.md", "whole")])
-def test_quoted_figures_are_those_of_the_study(path: str, block: str, results: ModuleType) -> None:
-    text = (ROOT / path).read_text(encoding="utf-8")
-    assert results.updated(text, getattr(results, block)(results.study())) == text, "run: python infra/results.py"
+def test_quoted_figures_are_those_of_the_study(results: ModuleType) -> None:
+    for path, blocks in results.quotations(results.study()).items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        for mark, block in blocks.items():
+            assert results.updated(text, mark, block) == text, "run: python infra/results.py"
+
+
+def test_marks_that_are_missing_are_named(results: ModuleType) -> None:
+    with pytest.raises(ValueError, match="expected the marks <!-- all --> and <!-- /all -->, got none"):
+        results.updated("<!-- all -->\n", "all", "text")
 
 
 def test_an_altered_figure_is_noticed(results: ModuleType) -> None:
@@ -37,26 +44,18 @@ def test_an_altered_figure_is_noticed(results: ModuleType) -> None:
     entry = found.entries[0]
     clean = entry.clean.model_copy(update={"value": entry.clean.value + 0.2})
     altered = found.model_copy(update={"entries": (entry.model_copy(update={"clean": clean}), *found.entries[1:])})
-    assert results.whole(altered) != results.whole(found)
-    assert results.short(altered) != results.short(found)
-
-
-def test_readme_names_every_verdict_of_an_audit_once(results: ModuleType) -> None:
-    passed, failed = "passed (full, 64 images: 15 pass, 0 warn)", "black_box, losses (full, 64 images: 12 pass, 1 warn)"
-    short = "passed (full, 64 images)", "black_box, losses (full, 64 images)"
-    assert results._verdicts("; ".join([passed, failed, passed])) == "; ".join(short)
-    assert results._verdicts(passed) == short[0]
-    assert results._verdicts("off") == "off"
+    then, now = results.quotations(altered), results.quotations(found)
+    assert all(then[path][mark] != now[path][mark] for path in now for mark in now[path])
 
 
 def test_the_prose_around_the_results_quotes_no_figure_of_its_own(results: ModuleType) -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    prose = text[: text.index(results.BEGIN)] + text[text.index(results.END) :]
+    prose = results.updated(results.updated(text, results.OVERVIEW, ""), results.ALL, "")
     assert re.findall(r"\d+\.\d+ (?:points|%)", prose) == []
 
 
 def test_the_studys_own_tables_are_made_of_its_record(results: ModuleType) -> None:
-    assert (ROOT / "results" / "results.md").read_text(encoding="utf-8") == results.markdown(results.study())
+    assert (ROOT / "results" / "results.md").read_text(encoding="utf-8") == markdown(results.study())
 
 
 def test_a_sweep_is_shown_with_its_means(results: ModuleType, tmp_path: Path) -> None:

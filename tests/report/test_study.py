@@ -13,8 +13,10 @@ from pipeline.report.study import Entry, Mean, Role, Study
 from pipeline.report.study_page import (
     CELL_READING,
     COLUMNS,
+    OVERVIEW_COLUMNS,
     cell_rows,
     markdown,
+    overview_rows,
     sentences,
     table_rows,
     write_study,
@@ -122,6 +124,36 @@ def test_p_over_images_is_that_of_a_paired_t_test() -> None:
 def test_the_main_contender_is_compared_with_the_control_and_the_strongest_others() -> None:
     found = [(c.a, c.b, c.what) for c in study().comparisons("home")]
     assert found == [("sparta", b, what) for b in ("control", "strong", "weak") for what in ("robust", "clean")]
+
+
+def test_what_the_control_reaches_with_more_is_compared_too() -> None:
+    more = [entry(name, seed, 1) for name in ("longer", "other", "third") for seed in range(3)]
+    found = Study(name="x", entries=(*study().entries, *more)).comparisons("home")
+    assert [c.b for c in found[::2]] == ["control", "longer", "strong", "weak"]
+
+
+def test_the_overview_has_every_comparison_with_its_verdict() -> None:
+    late = entry("control", 7, 0, role="control")  # a seed that the main contender has not
+    weak = [e.model_copy(update={"audit": "losses"}) for e in study().of("home", "weak")]
+    kept = [e for e in study().entries if e.contender != "weak"]
+    rows = list(overview_rows(Study(name="x", entries=(*kept, *weak, late))))
+    assert len(OVERVIEW_COLUMNS) == len(rows[0])
+    shown = [
+        [row[OVERVIEW_COLUMNS.index(name)] for name in ("group", "compared", "robust %", "clearly", "audit")]
+        for row in rows
+    ]
+    assert shown == [
+        ["home", "sparta – control", "62.5 / 50.0", "robust higher", "passed"],
+        ["", "sparta – strong", "62.5 / 62.5", "neither", "passed"],
+        ["", "sparta – weak", "62.5 / 27.5", "robust higher", "losses; passed"],
+    ]
+    (low, high) = (
+        study().compare("home", "sparta", "control", "robust").over_seeds.model_dump()[e] for e in ("low", "high")
+    )
+    assert rows[0][3] == f"+12.5 [{100 * low:+.1f}, {100 * high:+.1f}]"
+    down = changed(part("sparta"), contender="other", role="other")
+    found = Study(name="x", entries=(*changed(part("weak"), role="main").entries, *down.entries))
+    assert next(overview_rows(found))[OVERVIEW_COLUMNS.index("clearly")] == "robust lower"
 
 
 def test_the_table_has_the_lead_over_every_other_contender() -> None:
