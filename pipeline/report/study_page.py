@@ -67,12 +67,12 @@ CELL_READING = (
 
 
 OVERVIEW_COLUMNS = (
-    *("group", "compared", "robust %", "robust difference", "clean %", "clean difference"),
+    *("group", "compared", "robust %", "robust lead", "clean %", "clean lead"),
     *("seeds", "clearly", "audit"),
 )
 OVERVIEW_READING = (
-    "Accuracy of the two, over the seeds that both have, and their difference in points with its 95 % t interval over "
-    "seeds. Clearly: whose interval leaves out zero. Audit: what both audits for gradient masking found; off: not made."
+    "Accuracy of the two, over the seeds that both have, and the lead of the first in points, with its 95 % t interval "
+    "over seeds. Clearly: whose interval leaves out zero. Audit: what those for gradient masking found; off: none."
 )
 
 
@@ -88,7 +88,7 @@ def overview_rows(study: Study) -> Iterator[tuple[str, ...]]:
                 *_two_and_difference(robust),
                 *_two_and_difference(clean),
                 str(robust.over_seeds.num),
-                ", ".join(_direction(c) for c in (robust, clean) if c.clear) or "neither",
+                _verdict(robust, clean),
                 "; ".join(sorted(audits)),
             )
 
@@ -98,8 +98,11 @@ def _two_and_difference(comparison: Comparison) -> tuple[str, str]:
     return f"{100 * one:.1f} / {100 * other:.1f}", interval(comparison.over_seeds, signed=True)
 
 
-def _direction(comparison: Comparison) -> str:
-    return f"{comparison.what} {'higher' if comparison.over_seeds.value > 0 else 'lower'}"
+def _verdict(*comparisons: Comparison) -> str:
+    clear = {c.what: "higher" if c.over_seeds.value > 0 else "lower" for c in comparisons if c.clear}
+    if len(clear) == len(comparisons) and len(set(clear.values())) == 1:
+        return f"both {clear['clean']}"
+    return ", ".join(f"{what} {direction}" for what, direction in clear.items()) or "neither"
 
 
 def table_rows(study: Study, group: str) -> list[tuple[str, ...]]:

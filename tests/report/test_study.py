@@ -14,6 +14,7 @@ from pipeline.report.study_page import (
     CELL_READING,
     COLUMNS,
     OVERVIEW_COLUMNS,
+    _verdict,
     cell_rows,
     markdown,
     overview_rows,
@@ -154,6 +155,17 @@ def test_the_overview_has_every_comparison_with_its_verdict() -> None:
     down = changed(part("sparta"), contender="other", role="other")
     found = Study(name="x", entries=(*changed(part("weak"), role="main").entries, *down.entries))
     assert next(overview_rows(found))[OVERVIEW_COLUMNS.index("clearly")] == "robust lower"
+
+
+def test_a_verdict_names_what_is_clear() -> None:
+    higher, undecided = (study().compare("home", "sparta", name, "robust") for name in ("control", "strong"))
+    clean_higher, clean_undecided = (found.model_copy(update={"what": "clean"}) for found in (higher, undecided))
+    clean_lower = study().compare("home", "weak", "sparta", "robust").model_copy(update={"what": "clean"})
+    assert _verdict(higher, clean_higher) == "both higher"
+    assert _verdict(higher, clean_undecided) == "robust higher"
+    assert _verdict(undecided, clean_lower) == "clean lower"
+    assert _verdict(higher, clean_lower) == "robust higher, clean lower"
+    assert _verdict(undecided, clean_undecided) == "neither"
 
 
 def test_the_table_has_the_lead_over_every_other_contender() -> None:
