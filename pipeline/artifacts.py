@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -126,7 +127,7 @@ def whole(path: Path) -> Iterator[Path]:
     """A name beside `path`: the file written there is forced to disk and renamed, so readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name alone, no file of mkstemp's, whose mode 0600 would hide it from other users of a shared filesystem.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = temporary_name(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -135,6 +136,18 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:  # what is left of it would fill a full disk further
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove, at any depth, what a kill left half-written under a `temporary_name`; only where nobody writes."""
+    for path in list(directory.rglob(".*")):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            remove(path)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` for what is being written."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -261,6 +261,7 @@ class Chain:
             # A stage goes on from what it finds, and has no digests of all of its files: what is damaged is not there.
             for name, _ in artifacts.damaged_outputs(directory, decision.record):
                 artifacts.remove(directory / name)
+        artifacts.remove_unfinished(directory)
         for name in (artifacts.RECORD, artifacts.FAILED):
             (directory / name).unlink(missing_ok=True)
         artifacts.write_atomic(directory / artifacts.STARTED, artifacts.canonical(decision.inputs) + "\n")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from filelock import FileLock, Timeout
 
+from pipeline.artifacts import temporary_name
 from pipeline.chain import Action, Chain, OutputLockedError
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 
@@ -245,6 +246,9 @@ def test_failed_branch_blocks_what_needs_it_and_nothing_else(house: House) -> No
 def test_interrupted_node_is_resumed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(contexts: Sequence[StageContext[str]]) -> Sequence[StageResult | Exception]:
         (contexts[0].directory / "half.txt").write_text("half")
+        torn = temporary_name(contexts[0].directory / "blocks" / "block.npz")
+        torn.parent.mkdir()
+        torn.write_text("torn by a kill")
         raise KeyboardInterrupt
 
     whole = house.runner
@@ -255,6 +259,7 @@ def test_interrupted_node_is_resumed(house: House, monkeypatch: pytest.MonkeyPat
     house.runner = whole
     chain = house.run()
     assert (chain.done["a:x"].directory / "half.txt").read_text() == "half"
+    assert list((chain.done["a:x"].directory / "blocks").iterdir()) == []
 
 
 def test_force_runs_again_and_keeps_the_old_result_aside(house: House) -> None:

@@ -108,6 +108,8 @@ def test_an_npz_is_measured_by_its_headers_and_a_folder_by_what_one_is_told(tmp_
     np.savez(tmp_path / "x.npz", **arrays)
     size = expected_size(DataConfig(dataset="npz", path=str(tmp_path / "x.npz")), PlanConfig())
     assert size == DataSize(81, 9, 20, 12, 3, 4, 12 * 12 * 3)
+    np.savez(tmp_path / "x.npz", **(arrays | {"train_images": np.zeros(4, np.uint8)}))
+    assert expected_size(DataConfig(dataset="npz", path=str(tmp_path / "x.npz")), PlanConfig()) is None
     folder = DataConfig(dataset="folder", path="nowhere")
     assert expected_size(folder, PlanConfig()) is None
     told = expected_size(folder, PlanConfig(num_images=1000, num_classes=10))

@@ -1,6 +1,7 @@
 """How strong the training attack is, and what is made of it.
 
-Radii and steps are relative to the threat that trials are judged by: the same space fits photographs and digits.
+Radii and steps are relative to the threat that the networks are evaluated under: the same space fits photographs and
+digits.
 """
 
 from tune_spaces.distributions import Choice, Integer, Relative, Space, Uniform, When

@@ -45,7 +45,7 @@ class Capacity:
 
     def slots(self, bundle: Resources, *, placement: str = "PACK") -> int:
         """How many workers that need `bundle` each fit; a worker cannot be divided between nodes."""
-        per_node = [min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in self.nodes]
+        per_node = self._per_node(bundle)
         if placement == "STRICT_SPREAD":
             return sum(count > 0 for count in per_node)
         if placement == "STRICT_PACK":
@@ -54,7 +54,17 @@ class Capacity:
 
     def groups(self, scaling: ScalingConfig) -> int:
         """How many trainings of the workers of `scaling` there is room for side by side; at least one."""
-        return max(1, self.slots(worker_bundle(scaling, self), placement=scaling.placement) // scaling.max_workers)
+        per_node, size = self._per_node(worker_bundle(scaling, self)), scaling.max_workers
+        if scaling.placement == "STRICT_PACK":  # each on a node of its own choice
+            return max(1, sum(count // size for count in per_node))
+        num = sum(per_node) // size
+        if scaling.placement == "STRICT_SPREAD":  # each has at most one worker on a node
+            while sum(min(count, num) for count in per_node) < num * size:
+                num -= 1
+        return max(1, num)
+
+    def _per_node(self, bundle: Resources) -> list[int]:
+        return [min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in self.nodes]
 
     def describe(self, names: Sequence[str]) -> str:
         """For example "CPU=8, GPU=0 on 2 nodes"."""

@@ -134,39 +134,38 @@ def _run_group(work: Work, scaling: ScalingConfig, capacity: Capacity) -> None:
     """Fit until every job of the group is settled: each fit settles at least one more, or makes up for a death."""
     from ray.train import WorkerGroupError
 
+    failure: Exception | None
     pending, deaths = list(work.jobs), 0
     while pending:
-        error: Exception = RuntimeError("left no outcome; put its output on a filesystem that all nodes share")
+        failure = None
         try:
             _fit(replace(work, jobs=pending), scaling, capacity)
-            settled = len(pending)
-        except WorkerGroupError as failure:
+        except Exception as caught:
+            failure = caught
+        outcomes = [load_outcome(job.output, work.run) for job in pending]
+        unsettled = [job for job, outcome in zip(pending, outcomes, strict=True) if outcome is None]
+        ends = {outcome.state for outcome in outcomes if outcome is not None}
+        deaths = 0 if ends else deaths
+        settled = len(unsettled)
+        if failure is None:
+            failure = RuntimeError("left no outcome; put its output on a filesystem that all nodes share")
+        elif isinstance(failure, WorkerGroupError):
             # A job that failed for a reason of its own has said so. Otherwise, the jobs run in order, it was the first
             # one without an outcome. But Ray counts the failures of all together: where another one has ended
             # meanwhile, they were not all its own, and it gets a count of its own.
-            ends = _ends(pending, work)
-            error, settled = failure, 0 if "failed" in ends or (ends and scaling.max_failures) else 1
-        except Exception as failure:
-            left = [job for job in pending if load_outcome(job.output, work.run) is None]
-            deaths, pending = 0 if len(left) < len(pending) else deaths, left
-            if deaths < scaling.max_failures and _is_death(failure) and _may_go_on(pending):
-                deaths += 1
-                continue
-            # No workers, or no cluster any more: the next attempt would end the same way.
-            error, settled = _in_our_words(failure, scaling), len(pending)
-        unsettled = [job for job in pending if load_outcome(job.output, work.run) is None]
+            settled = 0 if "failed" in ends or (ends and scaling.max_failures) else 1
+        elif deaths < scaling.max_failures and _is_death(failure) and _may_go_on(unsettled):
+            deaths, pending = deaths + 1, unsettled
+            continue
+        else:  # no workers, or no cluster any more: the next attempt would end the same way
+            failure = _in_our_words(failure, scaling)
         asked = [job for job in unsettled if stop_requested(job.output)]
         for job in asked:
             _settle(job, stopped(work.run, "stopped on request; the same job goes on from its last checkpoint"))
         for job in unsettled[:settled]:
             if job not in asked:
-                _settle(job, failed(work.run, error, outside=True))
+                _settle(job, failed(work.run, failure, outside=True))
         pending = [job for job in unsettled[settled:] if job not in asked]
-
-
-def _ends(jobs: Sequence[Job], work: Work) -> set[str]:
-    """How those of the jobs ended that have."""
-    return {outcome.state for job in jobs if (outcome := load_outcome(job.output, work.run)) is not None}
 
 
 def _is_death(failure: Exception) -> bool:

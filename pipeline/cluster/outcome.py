@@ -40,7 +40,7 @@ class Outcome(Section):
 def load_outcome(output: Path, run: str) -> Outcome | None:
     """The outcome of the job in this run; None while there is none. One from another run does not count."""
     try:
-        outcome = Outcome.model_validate_json((Path(output) / _NAME).read_text(encoding="utf-8"))
+        outcome = Outcome.model_validate_json((Path(output) / _NAME).read_bytes())
     except (OSError, ValidationError):
         return None
     return outcome if outcome.run == run else None

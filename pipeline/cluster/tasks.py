@@ -31,7 +31,7 @@ def run_tasks(
         function: importable by the workers; called with what one worker of `scaling` reserves.
         arguments: picklable; small, since files on the shared filesystem carry what is large.
         scaling: the cluster, and CPUs and GPUs of one call.
-        on_done: told the index of every call that has ended.
+        on_done: told the index of every call that has returned.
     """
     import ray
 
@@ -48,8 +48,8 @@ def run_tasks(
                 ended, waiting = ray.wait(waiting, num_returns=1, timeout=_LOOK)
             for reference in ended:
                 number = index[reference]
-                results[number] = _outcome(reference)
-                if on_done is not None:
+                results[number] = result = _outcome(reference)
+                if on_done is not None and not isinstance(result, Exception):
                     on_done(number)
     return [results[number] for number in range(len(arguments))]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from pipeline.config.base import Section
 
@@ -86,7 +86,7 @@ def mcnemar(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> Difference:
     p_value = binomtest(only_a, discordant).pvalue if discordant else 1.0
     m, gained, lost = n + 2, only_a + 0.5, only_b + 0.5
     centre = (gained - lost) / m
-    half = 1.959964 * math.sqrt(gained + lost - (gained - lost) ** 2 / m) / m
+    half = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(gained + lost - (gained - lost) ** 2 / m) / m
     return Difference(
         value=(only_a - only_b) / n, low=max(centre - half, -1.0), high=min(centre + half, 1.0), p_value=float(p_value)
     )

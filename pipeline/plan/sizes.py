@@ -108,9 +108,9 @@ def _npz(config: DataConfig) -> _Origin | None:
         train, test = _shape(path, "train_images"), _shape(path, "test_images")
         with np.load(path, allow_pickle=False) as arrays:
             num_classes = int(arrays["train_labels"].max()) + 1
-    except (DataError, TypeError, *UNREADABLE_NPZ):
+        return _Origin(train[0], test[0], train[1], train[3] if len(train) == 4 else 1, num_classes)
+    except (DataError, TypeError, IndexError, *UNREADABLE_NPZ):
         return None
-    return _Origin(train[0], test[0], train[1], train[3] if len(train) == 4 else 1, num_classes)
 
 
 def _shape(path: Path, name: str) -> tuple[int, ...]:

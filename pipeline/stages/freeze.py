@@ -52,7 +52,8 @@ class FreezeTask:
 
 def threat_in_words(training: TrainingConfig) -> str:
     """What a training was made against, as `FreezeTask.threat`."""
-    return f"{training.threat.norm} eps={training.threat.eps:.4g}, {training.method.kind}"
+    threat, kind = training.threat, training.method.kind
+    return "no attack" if kind == "standard" else f"{threat.norm} eps={threat.eps:.4g}, {kind}"
 
 
 def freeze_node(task: FreezeTask, branch: str = "bank") -> Node[FreezeTask]:
@@ -177,8 +178,8 @@ def _freeze(context: StageContext[FreezeTask]) -> StageResult:
         **({"git_commit": commit} if (commit := git_commit()) else {}),
     }
     description = (
-        f"{bank.spec.name} activation of {bank.architecture}, adversarially trained on {prepared.name} "
-        f"({task.threat}); frozen, {len(bank.entries)} functions."
+        f"{bank.spec.name} activation of {bank.architecture}, trained on {prepared.name} against "
+        f"{task.threat}; frozen, {len(bank.entries)} functions."
     )
     reference = context.run.register(directory, tags=tags, description=description, alias=ALIAS)
     return _result(context, bank, reference, alias=ALIAS)

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import STARTED
+from pipeline.artifacts import STARTED, temporary_name
 from pipeline.cluster.sweep import SearchResult, checked_space, search
 from pipeline.cluster.sweep.results import BEST, TABLE
 from pipeline.cluster.sweep.table import brief, short_names
@@ -93,7 +92,7 @@ def _take_over(directory: Path) -> None:
     same = [path for path in others if (path / TRIALS).is_dir() and _without_count(path) == own]
     if same:
         longest = max(same, key=lambda path: len(list((path / TRIALS).iterdir())))
-        copy = directory / f".{TRIALS}.{uuid.uuid4().hex}"
+        copy = temporary_name(directory / TRIALS)
         shutil.copytree(longest / TRIALS, copy)
         copy.rename(directory / TRIALS)
 

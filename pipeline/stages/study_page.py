@@ -53,7 +53,7 @@ def page_node(task: StudyTask) -> Node[StudyTask]:
     needs = [key for n in task.networks for key in (n.task.data, n.trained, n.evaluated)]
     sections = {"name": task.name, "groups": [[n.group, n.contender, n.branch] for n in task.networks]}
     return Node(
-        "report", "study", task, sections, run_study, tuple(dict.fromkeys(needs)), version=2, reads_records=True
+        "report", "study", task, sections, run_study, tuple(dict.fromkeys(needs)), version=3, reads_records=True
     )
 
 

@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for delivery in deliveries if options.all else ():
             delivery.spool.forget(delivery.uri)
         codes: list[int] = [options.run(delivery) for delivery in deliveries]
-        return max(codes)
+        unreadable = [line for delivery in deliveries for line in delivery.spool.unreadable()]
+        for line in unreadable:
+            print(f"error: {line}", file=sys.stderr)
+        return 2 if unreadable else max(codes)
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -7,11 +7,12 @@ A run is pending while the two differ. Replaying is harmless, so a crash between
 
 import hashlib
 import json
+import logging
 import posixpath
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from pipeline.artifacts import Below, write_atomic
-from pipeline.config.base import Section
+from pipeline.config.base import Section, one_line
 from pipeline.config.tracking import TrackingConfig, redact
 from pipeline.tracking.journal import read_journal
+
+_log = logging.getLogger(__name__)
 
 _KEY_CHARS, _KEY_LENGTH = "_-. :/", 250
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -100,18 +103,31 @@ class Spool:
         self._lock = threading.RLock()
 
     def records(self) -> list[RunRecord]:
-        """All runs, parents before children, what a run uses before it, and otherwise older before newer."""
-        found = sorted(_load_all(self.directory / "runs", RunRecord), key=lambda record: (record.started, record.key))
+        """All runs, parents before children, what a run uses before it, and otherwise older before newer.
+
+        A record that cannot be read is passed over with a warning: the other runs are not to suffer from it.
+        """
+        read, unreadable = self._read()
+        for line in unreadable:
+            _log.warning("the record of a run is passed over: %s", line)
+        found = sorted(read, key=lambda record: (record.started, record.key))
         by_key = {record.key: record for record in found}
         needs = {r.key: [key for key in (r.parent, *r.upstream.values()) if key in by_key] for r in found}
         # A clock that was set back makes what a run uses the newer one.
         return [by_key[key] for key in TopologicalSorter(needs).static_order()]
 
-    def latest(self, name: str, *, parents: bool, fingerprint: str | None = None) -> RunRecord | None:
-        """The newest chain run (`parents`) or stage run called `name`, and where one is given with this fingerprint."""
-        named = [r for r in self.records() if r.name == name and (r.parent is None) == parents]
-        named = [r for r in named if fingerprint in (None, r.tags.get("fingerprint"))]
-        return max(named, key=lambda record: record.started, default=None)
+    def unreadable(self) -> list[str]:
+        """The records that cannot be read, each with the reason."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[list[RunRecord], list[str]]:
+        found, unreadable = [], []
+        for path in (self.directory / "runs").glob("[!.]*.json"):
+            try:
+                found.append(RunRecord.model_validate_json(path.read_bytes()))
+            except ValidationError as error:
+                unreadable.append(f"{path}: {one_line(error)}")
+        return found, unreadable
 
     def save(self, record: RunRecord) -> RunRecord:
         """Write a run's record."""
@@ -131,13 +147,13 @@ class Spool:
         path = self.directory / "runs" / f"{key}.json"
         if not path.is_file():
             raise KeyError(key)
-        return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        return RunRecord.model_validate_json(path.read_bytes())
 
     def delivered(self, target: str, key: str) -> Delivered:
         """What `target` (a tracking uri) has of a run."""
         path = self._delivered_path(target, key)
         try:
-            return Delivered.model_validate_json(path.read_text(encoding="utf-8"))
+            return Delivered.model_validate_json(path.read_bytes())
         except (FileNotFoundError, ValidationError):
             return Delivered()
 
@@ -224,6 +240,13 @@ def flatten(values: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def latest(runs: Iterable[RunRecord], name: str, *, parents: bool, fingerprint: str | None = None) -> RunRecord | None:
+    """The newest chain run (`parents`) or stage run called `name`, and where one is given with this fingerprint."""
+    named = [r for r in runs if r.name == name and (r.parent is None) == parents]
+    named = [r for r in named if fingerprint in (None, r.tags.get("fingerprint"))]
+    return max(named, key=lambda record: record.started, default=None)
+
+
 def plain_key(key: str) -> str:
     """MLflow takes letters, digits and _-. :/ in the name of a metric, a parameter or a tag."""
     plain = "".join(c if c.isalnum() or c in _KEY_CHARS else "_" for c in key)[:_KEY_LENGTH]
@@ -238,7 +261,3 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _load_all(directory: Path, kind: type[RunRecord]) -> list[RunRecord]:
-    return [kind.model_validate_json(path.read_text(encoding="utf-8")) for path in directory.glob("[!.]*.json")]

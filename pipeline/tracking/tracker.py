@@ -24,7 +24,17 @@ from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.flusher import Flusher
 from pipeline.tracking.journal import Journal, read_history
 from pipeline.tracking.origin import origin_tags
-from pipeline.tracking.spool import ArtifactFile, DatasetUse, Registration, RunRecord, Spool, Status, flatten, new_key
+from pipeline.tracking.spool import (
+    ArtifactFile,
+    DatasetUse,
+    Registration,
+    RunRecord,
+    Spool,
+    Status,
+    flatten,
+    latest,
+    new_key,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -250,13 +260,13 @@ class StageRun(Run):
         return self
 
     def _continued_or_new(self) -> RunRecord:
-        spool = self.tracker.spool
+        runs = self.tracker.spool.records()  # read once: a study's stages have hundreds of them upstream
         found = {
             name: run.key
             for name, fingerprint in self._upstream.items()
-            if (run := spool.latest(name, parents=False, fingerprint=fingerprint)) is not None
+            if (run := latest(runs, name, parents=False, fingerprint=fingerprint)) is not None
         }
-        old = spool.latest(self.name, parents=False)
+        old = latest(runs, self.name, parents=False)
         return self._continue(old, self._goes_on, parent=self._chain.key, upstream=found)
 
     def _goes_on(self, old: RunRecord) -> bool:
@@ -299,7 +309,7 @@ class ChainRun(Run):
 
     def _continued_or_new(self) -> RunRecord:
         # A finished chain that has something to add is the same chain: a forced stage, or one whose output was lost.
-        return self._continue(self.tracker.spool.latest(self.name, parents=True), lambda old: True)
+        return self._continue(latest(self.tracker.spool.records(), self.name, parents=True), lambda old: True)
 
 
 def _now() -> int:

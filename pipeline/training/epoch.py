@@ -168,14 +168,20 @@ def _live_digest(run: Run) -> str:
     return ActivationBank.from_model(run.model).digest
 
 
+_NOT_THERE = FileNotFoundError, NotADirectoryError, IsADirectoryError
+
+
 def finished(job: TrainJob, fingerprint: str, context: Context) -> TrainedModel | None:
-    """The record of this very job, if it was finished and its network is still as it was written."""
+    """The record of this very job, if it was finished and its network is still as it was written.
+
+    Raises OSError when the disk does not answer, which says nothing about either.
+    """
     try:
-        trained = TrainedModel.model_validate_json((job.output / RECORD).read_text())
+        trained = TrainedModel.model_validate_json((job.output / RECORD).read_bytes())
         load_model(job.output / MODEL)
         found = (model_sha256(job.output / MODEL), record_sha256(job.output / MODEL))
         expected = (trained.weights_sha256, trained.record_sha256 or found[1])
         whole = trained.fingerprint == fingerprint and found == expected
-    except (OSError, ValidationError, DamagedFilesError):
+    except (*_NOT_THERE, ValidationError, DamagedFilesError):
         trained, whole = None, False
     return trained if num_ranks(whole, context) == context.world_size else None

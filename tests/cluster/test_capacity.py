@@ -24,6 +24,25 @@ def test_slots_are_counted_per_node_because_a_worker_cannot_be_divided(nodes, cp
     assert capacity.slots({"CPU": cpus}, placement="STRICT_SPREAD") == sum(n >= cpus for n in nodes)
 
 
+@pytest.mark.parametrize(
+    ("placement", "cpus", "workers", "groups"),
+    [
+        ("PACK", (8, 8, 8, 8), 8, 4),
+        ("STRICT_PACK", (8, 8, 8, 8), 8, 4),
+        ("STRICT_PACK", (12, 7, 4), 4, 5),
+        ("STRICT_SPREAD", (8, 8, 8, 8), 4, 8),
+        ("STRICT_SPREAD", (8, 2, 1), 2, 3),  # two with the second node, one with the third
+        ("STRICT_SPREAD", (8, 2, 1), 3, 1),
+        ("SPREAD", (3, 3), 4, 1),
+        ("PACK", (1,), 4, 1),  # later, when nodes come
+        ("STRICT_SPREAD", (1,), 4, 1),
+    ],
+)
+def test_groups_fill_the_cluster_side_by_side(placement, cpus, workers, groups):
+    scaling = ScalingConfig(num_workers=workers, placement=placement)
+    assert Capacity(tuple({"CPU": float(n)} for n in cpus)).groups(scaling) == groups
+
+
 def test_enough_cpus_on_different_nodes_do_not_make_a_worker():
     scaling = ScalingConfig(num_workers=1, cpus_per_worker=6)
     with pytest.raises(ClusterTooSmall, match=r"need 1 workers x CPU=6 .* cluster has CPU=8 on 2 nodes, room for 0"):

@@ -81,6 +81,15 @@ def test_what_a_signals_handler_raises_while_tasks_run_comes_out_at_once_and_as_
     assert time.monotonic() - begun < 30
 
 
+def test_only_calls_that_returned_are_done():
+    def inverse(number):
+        return 1 / number
+
+    done = []
+    one, error = run_tasks(inverse, [1, 0], ONE, on_done=done.append)
+    assert (one, type(error), done) == (1.0, ZeroDivisionError, [0])
+
+
 def test_results_come_in_the_order_of_the_jobs_from_workers_that_share_a_process_group(launched):
     _, results, _ = launched
     assert results[0] == ToyResult(seed=0, world_size=2, total=6.0, backend="gloo")

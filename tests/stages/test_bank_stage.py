@@ -11,7 +11,8 @@ from pipeline.artifacts import StageRecord
 from pipeline.config.bank import BankConfig
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.tracking import TrackingConfig
-from pipeline.stages.freeze import bank_node, frozen_bank, run_bank
+from pipeline.config.training import StandardConfig, TrainingConfig
+from pipeline.stages.freeze import bank_node, frozen_bank, run_bank, threat_in_words
 from pipeline.stages.graph import settled, tuned
 from pipeline.stages.node import Finished, Node, StageContext, StageResult
 from pipeline.tracking import Registry, Tracker, bank_digest
@@ -170,3 +171,8 @@ def test_folder_that_is_not_there_names_the_places(tmp_path: Path, monkeypatch: 
         bank_node(BankConfig(path="mine"))
     small_bank(tmp_path / "data" / "mine")
     assert bank_node(BankConfig(path="mine")).needs == ()
+
+
+def test_the_words_of_a_threat_claim_no_attack_that_there_was_not() -> None:
+    assert threat_in_words(TrainingConfig()) == "linf eps=0.03137, pgd_at"
+    assert threat_in_words(TrainingConfig(method=StandardConfig())) == "no attack"

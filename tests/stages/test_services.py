@@ -12,7 +12,7 @@ from pipeline.run import Terminated
 from pipeline.stages import services as services_module
 from pipeline.stages.node import Node, StageContext, StageResult, one_by_one
 from pipeline.stages.services import Services
-from pipeline.tracking.spool import Spool
+from pipeline.tracking.spool import Spool, latest
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_after_a_change_back_the_lineage_names_the_run_whose_result_is_used(tmp_
             Chain(services.output, say=lambda line: None).execute(nodes, services)
         return services.tracker.spool
 
-    first = run("a", "pretrain").latest("pretrain:x", parents=False)
+    first = latest(run("a", "pretrain").records(), "pretrain:x", parents=False)
     run("b", "pretrain")
-    frozen = run("a", "pretrain", "freeze").latest("freeze:x", parents=False)
+    frozen = latest(run("a", "pretrain", "freeze").records(), "freeze:x", parents=False)
     assert first is not None
     assert frozen is not None
     assert frozen.upstream == {"pretrain:x": first.key}

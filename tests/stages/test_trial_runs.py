@@ -10,6 +10,7 @@ from pipeline.config.tracking import TrackingConfig
 from pipeline.stages.trial_runs import TrialRuns
 from pipeline.tracking import Journal, Tracker
 from pipeline.tracking.client import open_client
+from pipeline.tracking.spool import latest
 
 LR = "training.optimizer.lr"
 
@@ -63,7 +64,7 @@ def test_a_trial_that_changes_ends_one_run_and_an_interrupted_sweep_all(tmp_path
             raise KeyboardInterrupt
 
     def status(*names: str) -> list[str]:
-        return [tracker.spool.latest(name, parents=False).status for name in names]
+        return [latest(tracker.spool.records(), name, parents=False).status for name in names]
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()

@@ -24,7 +24,7 @@ from pipeline.tracking.__main__ import main
 from pipeline.tracking.client import open_client
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.flusher import Flusher
-from pipeline.tracking.spool import Spool
+from pipeline.tracking.spool import Spool, latest
 from tests.helpers import free_port
 from tests.tracking.conftest import write_bank
 
@@ -269,7 +269,7 @@ def test_a_store_of_files_that_is_closed_holds_up_nothing_and_loses_nothing(
     client, registry = open_client(tracker.uri), Registry(config, root)
     assert [steps(client, name)[0] for name in ("demo", "freeze", "transfer", "pretrain")] == ["FINISHED"] * 4
     assert steps(client) == ("FINISHED", [0])
-    freeze = tracker.spool.latest("freeze", parents=False)
+    freeze = latest(tracker.spool.records(), "freeze", parents=False)
     assert freeze is not None
     run_id = str(tracker.spool.delivered(tracker.uri, freeze.key).run_id)
     assert [file.path for file in client.list_artifacts(run_id)] == ["table.csv"]

@@ -3,6 +3,7 @@
 import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +249,20 @@ def test_finished_training_is_returned_and_a_changed_one_is_redone(make_job, mon
     assert train(changed, Context()).fingerprint != trained.fingerprint
     (job.output / "model" / "model.safetensors").write_bytes(b"")
     assert outcome(train(changed, Context()))["weights_sha256"] != trained.weights_sha256
+
+
+def test_a_disk_that_does_not_answer_says_nothing_about_a_finished_training(make_job, monkeypatch):
+    job = make_job(epochs=1)
+    trained = train(job, Context())
+
+    def no_answer(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", no_answer)
+        with pytest.raises(OSError, match="Input/output error"):
+            train(job, Context())
+    assert train(job, Context()) == trained
 
 
 def test_a_network_whose_description_was_altered_is_written_anew(make_job):

@@ -95,6 +95,6 @@ def _old(output: Path) -> Path:
 
 def _taken(checkpoints: Path) -> _Taken | None:
     try:
-        return _Taken.model_validate_json((checkpoints / _MARK).read_text(encoding="utf-8"))
+        return _Taken.model_validate_json((checkpoints / _MARK).read_bytes())
     except (OSError, ValidationError):
         return None

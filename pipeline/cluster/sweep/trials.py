@@ -132,7 +132,7 @@ def load_trials(root: Path) -> list[Trial]:
     trials = []
     for path in sorted((root / "trials").glob(f"*/{_NAME}")):
         try:
-            trials.append(Trial.model_validate_json(path.read_text(encoding="utf-8")))
+            trials.append(Trial.model_validate_json(path.read_bytes()))
         except (OSError, ValidationError) as error:
             _log.warning("the record of a trial, %s, cannot be read and is passed over: %s", path, error)
     return sorted(trials, key=lambda trial: trial.number)
