@@ -63,14 +63,18 @@ class ActivationBank:
         """Copy the activations out of a network.
 
         Raises:
-            ValueError: for a network without installed activations.
+            ValueError: for a network without installed activations, on the meta device, or with others put at its sites
+                since (by hand, by pruning).
         """
+        if any(parameter.is_meta for parameter in unwrap(model).parameters()):
+            raise ValueError("expected a network with values, got one on the meta device")
         spec, infos = activation_spec(model), sites(model)
         entries: dict[str, Entry] = {}
         for info, (_, site) in zip(infos, named_sites(model), strict=True):
             if info.key not in entries:
                 tensors = {k: v.detach().cpu().clone() for k, v in site.function.state_dict().items()}
                 entries[info.key] = Entry(info, tensors)
+        _expect_shapes(spec, entries)
         root = unwrap(model)
         architecture = str(getattr(root, "_architecture", type(root).__name__))
         return cls(spec, entries, tuple(infos), architecture, {} if source is None else source)
@@ -200,16 +204,20 @@ def _entries(spec: ActivationSpec, infos: tuple[SiteInfo, ...], tensors: Mapping
     for info in infos:
         own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == info.key}
         entries.setdefault(info.key, Entry(info, own))
+    _expect_shapes(spec, entries)
+    strangers = sorted(k for k in tensors if k.rpartition("/")[0] not in entries)
+    if strangers:
+        raise ValueError(f"tensors that belong to no site: {', '.join(strangers)}")
+    return entries
+
+
+def _expect_shapes(spec: ActivationSpec, entries: Mapping[str, Entry]) -> None:
     for key, entry in entries.items():
         with torch.device("meta"):
             wanted = {k: tuple(v.shape) for k, v in spec.build(entry.site.channels).state_dict().items()}
         got = {k: tuple(v.shape) for k, v in entry.tensors.items()}
         if got != wanted:
-            raise ValueError(f"shapes {got} under {key!r} where {spec.name!r} has {wanted}")
-    strangers = sorted(k for k in tensors if k.rpartition("/")[0] not in entries)
-    if strangers:
-        raise ValueError(f"tensors that belong to no site: {', '.join(strangers)}")
-    return entries
+            raise ValueError(f"expected under {key!r} what {spec.name!r} has, {wanted}, got {got}")
 
 
 def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

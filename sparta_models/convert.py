@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 
 from sparta_models.activations import Activation
 from sparta_models.calls import KINDS, Call, is_written_out, note_channel_axes
@@ -111,12 +112,18 @@ def convert(
 
     Raises:
         TypeError: for what is no network: a name, a class.
-        ValueError: for a network that cannot be copied or that torch.fx can't trace, one whose graph depends on the
+        ValueError: for a network that cannot be copied or that torch.fx can't trace, one that computes something else
+            than its trace (it asks for types, counts its calls, draws by numpy), one whose graph depends on the
             training mode, one that in its forward switches gradients or autocast, draws random numbers or changes a
             buffer in a way that a graph cannot hold, one with lazy parameters, one that refuses the input shape, one
-            without activations to replace, one that has sites already, or an unknown kind or activation.
+            without activations to replace, one that has sites already, a scripted one, or an unknown kind or
+            activation.
     """
     network = bare(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise ValueError(
+            "expected a network of Python, got a ScriptModule or one with it; convert, then script or trace"
+        )
     if not (isinstance(input_shape, Sequence) and len(input_shape) == 3):
         raise ValueError(f"expected input_shape (C, H, W), got {input_shape!r}")
     if any(isinstance(module, Site) for module in network.modules()):
@@ -131,6 +138,7 @@ def convert(
     graph_module = _trace(_bare_copy(network))
     _keep_buffers(graph_module, set(network.state_dict()))
     _propagate(graph_module, input_shape)
+    _expect_the_same(network, graph_module, input_shape)
     note_channel_axes(graph_module.graph)
     calls = [call for node in graph_module.graph.nodes if (call := Call.of(graph_module, node, only))]
     if not any(call.replaced for call in calls):
@@ -270,11 +278,59 @@ def _propagate(graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) 
         cause = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
         raise ValueError(
             f"expected a network for images of shape {tuple(input_shape)}, got: {cause}; pass the shape of its images "
-            "as input_shape=(C, H, W)"
+            "as input_shape=(C, H, W), or take out of its forward what depends on values (.item(), x[x > 0])"
         ) from error
     for own, other in zip(graph_module.graph.nodes, twin.graph.nodes, strict=True):
         shape = getattr(other.meta.get("tensor_meta"), "shape", ())
         own.meta["shape"] = tuple(shape)
+
+
+def _expect_the_same(network: nn.Module, graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
+    """Refuse a graph that computes something else than its network: a trace sees no types, no values and no numpy."""
+    first = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    if first.is_meta:
+        return
+    with torch.random.fork_rng([first.device] if first.is_cuda else []):
+        x = torch.rand(2, *input_shape, dtype=first.dtype, device=first.device)
+        try:
+            same = _agree(network, graph_module, x.requires_grad_())
+        except RuntimeError:  # a network for inference alone
+            with torch.no_grad():
+                same = _agree(network, graph_module, x)
+    if not same:
+        raise ValueError(
+            f"expected a network that its torch.fx trace computes, got {type(network).__name__}, whose outputs or "
+            "gradients differ from it; of what a trace cannot hold take out: asking for types (torch.is_tensor(x)), "
+            "numbers that change from call to call, random numbers of numpy or of an own generator, an own "
+            "autograd.Function, a forward that was put on the instance"
+        )
+
+
+def _agree(network: nn.Module, graph_module: fx.GraphModule, x: Tensor) -> bool:
+    """Whether the two give the same twice: the second call tells counters and generators of its own."""
+    own, traced = _bare_copy(network).eval(), copy.deepcopy(graph_module).eval()
+    for _ in range(2):
+        found, expected = _outputs(own, x), _outputs(traced, x)
+        if len(found) != len(expected) or not all(map(_close, found, expected)):
+            return False
+    return True
+
+
+def _outputs(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """All tensors that the network returns, and the gradient at x of a weighted sum of them where there is one."""
+    torch.manual_seed(0)
+    found = [leaf for leaf in tree_leaves(network(x.clone())) if isinstance(leaf, Tensor)]
+    weighted = [
+        (y * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum() for y in found if y.requires_grad
+    ]
+    gradients = torch.autograd.grad(weighted, x, allow_unused=True) if weighted else ()
+    return [*(y.detach() for y in found), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.is_floating_point() or not a.numel():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().nanmean().nan_to_num()), equal_nan=True)
 
 
 def _replace(graph_module: fx.GraphModule, calls: list[Call]) -> list[Replacement]:

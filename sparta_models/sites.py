@@ -234,7 +234,7 @@ def _shared_keys(places: list[Site], spec: ActivationSpec) -> Iterator[str]:
 
 def like(root: nn.Module, activation: Activation) -> Activation:
     """Move an activation to the network's device, type and mode."""
-    first = next(root.parameters(), None)
+    first = next((parameter for parameter in root.parameters() if parameter.is_floating_point()), None)
     if first is not None:
         activation.to(first.device, first.dtype)
     return activation.train(root.training)
@@ -249,7 +249,7 @@ def bare(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a network, a torch.nn.Module, got {model!r}")
     # torch.compile's is known by its child: its class is slow to import.
-    while isinstance(model, _WRAPPERS) or set(model._modules) == {"_orig_mod"}:
+    while isinstance(model, _WRAPPERS) or set(model._modules.keys()) == {"_orig_mod"}:
         model = next(model.children())
     return model
 

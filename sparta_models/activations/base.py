@@ -130,5 +130,5 @@ def check_map(x: Tensor, num_channels: int) -> None:
 
 def check_kernel_size(kernel_size: int) -> None:
     """Refuse kernels without a centre."""
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"expected an odd kernel_size >= 1, got {kernel_size}")

@@ -28,7 +28,8 @@ def kernel_for(name: str, x: Tensor, weight: Tensor, dilation: int, dy: Tensor |
     """What holds `name`_forward and `name`_backward for x (B, C, H, W), kernels `weight` (C, 1, k, k) and in a backward
     pass the gradient dy of the output; None where torch's operators have to serve."""
     fits = (
-        x.dtype in _KERNEL_TYPES
+        not traced()  # asked again in the backward pass, which compiled autograd traces alone
+        and x.dtype in _KERNEL_TYPES
         and weight.shape[-1] in _KERNEL_SIZES[name]
         and dilation == 1
         and x.numel() > 0

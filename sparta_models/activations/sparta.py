@@ -78,8 +78,8 @@ def _check(variant: str, kernel_size: int, dilation: int, beta: float, init: str
     if variant not in GATES:
         raise ValueError(f"expected a variant among {', '.join(GATES)}, got {variant!r}")
     check_kernel_size(kernel_size)
-    if dilation < 1:
-        raise ValueError(f"expected dilation >= 1, got {dilation}")
+    if not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f"expected a whole dilation >= 1, got {dilation}")
     if not isinstance(beta, int | float) or not 0 < beta < math.inf:
         raise ValueError(f"expected a finite beta > 0, got {beta!r}")
     if init not in INITS:

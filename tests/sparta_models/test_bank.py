@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from sparta_models import ActivationBank, activations, build_model, frozen_parameters, install, sites
+from sparta_models import ActivationBank, Sparta, activations, build_model, frozen_parameters, install, sites
 from sparta_models.files import _seal
-from sparta_models.sites import SiteInfo
+from sparta_models.sites import SiteInfo, named_sites
 from sparta_models.transfer import match
 
 
@@ -482,7 +482,7 @@ def replace_by_pickle(directory):
         (truncate("bank.json"), "expected JSON"),
         (put_nan, "expected finite values, got NaN or infinity in 'act1/gate.weight'"),
         (put_other_values, "expected a bank with digest"),
-        (put_another_shape, r"shapes .*\(4, 1, 3, 3\).* where 'sparta' has .*\(4, 1, 5, 5\)"),
+        (put_another_shape, r"what 'sparta' has, .*\(4, 1, 5, 5\).*, got .*\(4, 1, 3, 3\)"),
         (put_a_stranger, "tensors that belong to no site: act9/gate.weight"),
         (replace_by_pickle, "expected a safetensors file"),
         (edit_text('"schema": 1', '"schema": 7'), "expected schema 1, got 7"),
@@ -550,6 +550,17 @@ def test_a_bank_is_readable_by_whom_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
+def test_what_no_network_could_take_is_no_bank():
+    model = build_model("resnet8")
+    dict(named_sites(model))["layer1.0.act1"].fill(Sparta(16, kernel_size=3))
+    with pytest.raises(
+        ValueError, match=r"expected under 'layer1.0.act1' what 'sparta' has, .*16, 1, 5, 5.*got .*16, 1, 3, 3"
+    ):
+        ActivationBank.from_model(model)
+    with pytest.raises(ValueError, match="got one on the meta device"):
+        ActivationBank.from_model(build_model("resnet8").to("meta"))
 
 
 def test_a_network_without_sites_has_no_bank():

@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -255,3 +256,101 @@ def test_a_bank_asks_for_a_network_with_values():
         empty = build_model("resnet8")
     with pytest.raises(ValueError, match="got one on the meta device"):
         bank.apply_to(empty)
+
+
+class Reversed(torch.autograd.Function):
+    """Gradient reversal: nothing of it is in a trace."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return -dy
+
+
+class Reverses(Net):
+    def forward(self, x):
+        return self.end(Reversed.apply(F.relu(self.conv(x))))
+
+
+class AsksForTheType(Net):
+    def forward(self, x):
+        return super().forward((x - 0.5) * 4 if torch.is_tensor(x) else x)
+
+
+class DrawsByNumpy(Net):
+    def __init__(self):
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, x):
+        return super().forward(x) * float(self.generator.random())
+
+
+class DrawsByItsOwnGenerator(Net):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return super().forward(x * torch.rand(1, 3, 1, 1, generator=self.generator))
+
+
+class Counts(Net):
+    steps = 0
+
+    def forward(self, x):
+        self.steps += 1
+        return super().forward(x) * self.steps
+
+
+def patched():
+    network = Net()
+    network.forward = lambda x: F.relu(network.conv(x))
+    return network
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Reverses, AsksForTheType, DrawsByNumpy, DrawsByItsOwnGenerator, Counts, patched],
+    ids=lambda make: make.__name__,
+)
+def test_a_network_that_computes_something_else_than_its_trace_is_refused(make):
+    with pytest.raises(ValueError, match=r"expected a network that its torch.fx trace computes, got \w+, whose"):
+        convert(make(), "relu", input_shape=SHAPE)
+
+
+def test_the_comparison_leaves_network_and_random_numbers_alone():
+    network = Net().train()
+    before, drawn = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    convert(network, "relu", input_shape=SHAPE)
+    assert network.training
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda n: nn.Sequential(torch.jit.script(n), nn.ReLU())])
+def test_scripted_networks_are_refused_by_name(compiled):
+    with pytest.raises(ValueError, match="expected a network of Python, got a ScriptModule"):
+        convert(compiled(Net()), "relu", input_shape=SHAPE)
+
+
+def test_a_first_parameter_that_is_no_float_does_not_matter():
+    class Counted(Net):
+        def __init__(self):
+            super().__init__()
+            floats = dict(self._modules)
+            self._modules.clear()
+            self.step = nn.Parameter(torch.tensor(1), requires_grad=False)
+            self._modules.update(floats)
+
+        def forward(self, x):
+            return super().forward(x) * self.step
+
+    converted = same(Counted())
+    assert next(converted.parameters()).dtype == torch.int64
+    assert converted.head.weight.dtype == torch.float32

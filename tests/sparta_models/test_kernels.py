@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparta_models import Sparta, kernel_status
@@ -300,6 +301,7 @@ def test_an_empty_batch_passes():
 
 SCRIPT = """
 import torch
+from torch import nn
 from sparta_models import Sparta, kernel_status
 torch.manual_seed(0)
 x = torch.randn(2, 16, 4, 4, requires_grad=True)
@@ -392,6 +394,7 @@ assert "sparta_models.kernels" in sys.modules
 from sparta_models.kernels import _state
 assert _state.cache_info().currsize == 0
 import torch
+from torch import nn
 assert not hasattr(torch.ops.sparta_models, "gate_forward")
 """
 
@@ -399,3 +402,15 @@ assert not hasattr(torch.ops.sparta_models, "gate_forward")
 def test_importing_the_library_imports_no_system_package_and_builds_nothing(tmp_path):
     run(IMPORTS, SPARTA_CACHE=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_backward_pass_that_is_compiled_alone_sees_plain_operators():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Sparta(4))
+    x = torch.randn(2, 3, 8, 8)
+    (expected,) = torch.autograd.grad(network(x).sum(), network[1].gate.sharpness)
+    loss = network(x).sum()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda y: y.backward(), backend="eager")(loss)
+    torch.testing.assert_close(network[1].gate.sharpness.grad, expected)

@@ -167,7 +167,7 @@ def test_the_gradient_is_nowhere_exactly_zero_where_relus_is(variant):
     [
         ({"variant": "wide"}, "expected a variant among depthwise, attention, .* got 'wide'"),
         ({"kernel_size": 4}, "expected an odd kernel_size >= 1, got 4"),
-        ({"dilation": 0}, "expected dilation >= 1, got 0"),
+        ({"dilation": 0}, "expected a whole dilation >= 1, got 0"),
         ({"beta": 0.0}, "expected a finite beta > 0, got 0.0"),
         ({"beta": float("nan")}, "expected a finite beta > 0, got nan"),
         ({"init": "tanh"}, "expected init among silu, relu, got 'tanh'"),
