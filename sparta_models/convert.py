@@ -293,10 +293,11 @@ def _expect_the_same(network: nn.Module, graph_module: fx.GraphModule, input_sha
     with torch.random.fork_rng([first.device] if first.is_cuda else []):
         x = torch.rand(2, *input_shape, dtype=first.dtype, device=first.device)
         try:
-            same = _agree(network, graph_module, x.requires_grad_())
-        except RuntimeError:  # a network for inference alone
-            with torch.no_grad():
-                same = _agree(network, graph_module, x)
+            same = _agreed(network, graph_module, x)
+        except Exception as error:
+            raise ValueError(
+                f"expected a network that takes random images {tuple(input_shape)}, got of its forward: {error}"
+            ) from error
     if not same:
         raise ValueError(
             f"expected a network that its torch.fx trace computes, got {type(network).__name__}, whose outputs or "
@@ -304,6 +305,14 @@ def _expect_the_same(network: nn.Module, graph_module: fx.GraphModule, input_sha
             "numbers that change from call to call, random numbers of numpy or of an own generator, an own "
             "autograd.Function, a forward that was put on the instance"
         )
+
+
+def _agreed(network: nn.Module, graph_module: fx.GraphModule, x: Tensor) -> bool:
+    try:
+        return _agree(network, graph_module, x.requires_grad_())
+    except RuntimeError:  # a network for inference alone
+        with torch.no_grad():
+            return _agree(network, graph_module, x)
 
 
 def _agree(network: nn.Module, graph_module: fx.GraphModule, x: Tensor) -> bool:

@@ -354,3 +354,14 @@ def test_a_first_parameter_that_is_no_float_does_not_matter():
     converted = same(Counted())
     assert next(converted.parameters()).dtype == torch.int64
     assert converted.head.weight.dtype == torch.float32
+
+
+def test_what_fails_on_values_alone_is_refused_in_one_line():
+    class Looks(Net):
+        def forward(self, x):
+            return super().forward(torch.linalg.cholesky(x[:, 0] - 10).sum() + x)
+
+    with pytest.raises(
+        ValueError, match=r"expected a network that takes random images \(3, 8, 8\), got of its forward"
+    ):
+        convert(Looks(), "relu", input_shape=SHAPE)
