@@ -74,7 +74,7 @@ PixelStep = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_
 def radius_label(eps: float) -> str:
     """A radius for people: four digits, or as "8/255" where these are not exact and that is."""
     digits, levels = f"{eps:.4g}", 255 * eps
-    return f"{levels:.0f}/255" if float(digits) != eps and abs(levels - round(levels)) < 1e-6 else digits
+    return f"{levels:.0f}/255" if abs(float(digits) - eps) > 1e-9 and abs(levels - round(levels)) < 1e-6 else digits
 
 
 class ThreatModel(Section):

@@ -21,6 +21,7 @@ from pipeline.evaluation.stats import CONFIDENCE, Accuracy
 Correct = npt.NDArray[np.bool_]
 What = Literal["clean", "robust"]
 Role = Literal["main", "control", "other"]
+_COMPARED: tuple[Role, Role] = ("control", "other")
 FINALISTS = ": finalists"
 """How the name of a group ends whose networks are those of another one, judged once more on some of its images."""
 
@@ -265,7 +266,11 @@ class Study(Section):
     def comparisons(self, group: str) -> list[Comparison]:
         """The main contender against the control, against what the control's activation reaches when it is given more
         (width, epochs), and against the two strongest of the others; robust and clean."""
-        control, others = self.with_role(group, "control"), self.with_role(group, "other")
+        seeds = {entry.seed for main in self.with_role(group, "main") for entry in self.of(group, main)}
+        control, others = (
+            [name for name in self.with_role(group, role) if seeds & {entry.seed for entry in self.of(group, name)}]
+            for role in _COMPARED
+        )
         activations = {self.of(group, name)[0].activation for name in control}
         given_more = [name for name in others if self.of(group, name)[0].activation in activations]
         against = [*control, *given_more, *[name for name in others if name not in given_more][:2]]

@@ -4,7 +4,7 @@
     sync DIR ...              deliver it; again and again is harmless
     sync --all DIR ...        deliver everything anew, e.g. to a database that was emptied
 
-Exit code 0 all is delivered, 1 not, 2 bad input.
+Exit code 0 all is delivered, 1 not, 2 bad input, or a record that cannot be read.
 """
 
 import argparse

@@ -101,6 +101,7 @@ class Spool:
         self.root = Path(root).absolute()
         self.directory = self.root / "tracking"
         self._lock = threading.RLock()
+        self._told: set[str] = set()
 
     def records(self) -> list[RunRecord]:
         """All runs, parents before children, what a run uses before it, and otherwise older before newer.
@@ -109,7 +110,9 @@ class Spool:
         """
         read, unreadable = self._read()
         for line in unreadable:
-            _log.warning("the record of a run is passed over: %s", line)
+            if line not in self._told:
+                self._told.add(line)
+                _log.warning("the record of a run is passed over: %s", line)
         found = sorted(read, key=lambda record: (record.started, record.key))
         by_key = {record.key: record for record in found}
         needs = {r.key: [key for key in (r.parent, *r.upstream.values()) if key in by_key] for r in found}

@@ -58,6 +58,7 @@ def test_numbers_are_decimal_and_a_leading_zero_or_a_colon_makes_a_word() -> Non
     [
         (ThreatModel(), "linf 8/255", "linf 0.03137"),
         (ThreatModel(eps=0.2), "linf 0.2", "linf 0.2"),
+        (ThreatModel(eps=0.2 * 3), "linf 0.6", "linf 0.6"),
         (ThreatModel(eps=0.03), "linf 0.03", "linf 0.03"),
         (ThreatModel(eps=2.5 / 255), "linf 0.009804", "linf 0.009804"),
         (ThreatModel(norm="l2", eps="128/255"), "l2 128/255", "l2 0.502"),

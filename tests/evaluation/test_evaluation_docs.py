@@ -55,7 +55,7 @@ def shape(line: str) -> str:
 def test_the_evaluation_in_the_guide_is_what_the_command_prints():
     section = GUIDE.read_text().partition("## One evaluation with AutoAttack")[2]
     shown, _, audited = section.partition("```text\n")[2].partition("```")[0].partition("\n\n")
-    some, threat = Accuracy.of(1, 2), ThreatModel()
+    some, threat = Accuracy.of(1, 2), ThreatModel(eps=0.15)
     fields = {"dataset": "digits", "data_digest": "d", "model_digest": "a" * 64, "reference_digest": None, "seed": 0}
     result = Evaluation(
         **fields, config=EvaluationConfig(threat=threat), n=48, split_size=447, clean=some, union=some, warnings=(),

@@ -10,6 +10,7 @@ import pytest
 from pipeline.artifacts import load_record
 from pipeline.cluster.outcome import load_outcome
 from pipeline.cluster.sweep.trials import load_trials
+from pipeline.tracking.__main__ import main
 from pipeline.tracking.spool import RunRecord, Spool, target_name
 
 NOT_UTF8 = b'{"run": "\xff"}'
@@ -35,12 +36,14 @@ def test_a_damaged_record_is_none(
 
 
 def test_a_run_that_cannot_be_read_is_named_and_costs_no_other_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spool = Spool(tmp_path)
     whole = spool.save(RunRecord(key="whole", name="demo", started=1))
     (spool.directory / "runs" / "torn.json").write_bytes(NOT_UTF8)
     with caplog.at_level(logging.WARNING):
-        assert spool.records() == [whole]
-    assert "is passed over: " in caplog.text
+        assert spool.records() == spool.records() == [whole]
+    assert caplog.text.count("is passed over: ") == 1
+    assert main(["status", str(tmp_path)]) == 2
+    assert "torn.json: " in capsys.readouterr().err
     assert "torn.json: " in caplog.text

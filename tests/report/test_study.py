@@ -129,6 +129,7 @@ def test_the_main_contender_is_compared_with_the_control_and_the_strongest_other
 
 def test_what_the_control_reaches_with_more_is_compared_too() -> None:
     more = [entry(name, seed, 1) for name in ("longer", "other", "third") for seed in range(3)]
+    more.append(entry("relu", 7, 3))  # the control's activation, of a seed that the main contender has not
     found = Study(name="x", entries=(*study().entries, *more)).comparisons("home")
     assert [c.b for c in found[::2]] == ["control", "longer", "strong", "weak"]
 

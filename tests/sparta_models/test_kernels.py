@@ -301,7 +301,6 @@ def test_an_empty_batch_passes():
 
 SCRIPT = """
 import torch
-from torch import nn
 from sparta_models import Sparta, kernel_status
 torch.manual_seed(0)
 x = torch.randn(2, 16, 4, 4, requires_grad=True)
@@ -394,7 +393,6 @@ assert "sparta_models.kernels" in sys.modules
 from sparta_models.kernels import _state
 assert _state.cache_info().currsize == 0
 import torch
-from torch import nn
 assert not hasattr(torch.ops.sparta_models, "gate_forward")
 """
 
