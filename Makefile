@@ -34,8 +34,8 @@ format: setup-dev      ## rewrite in the house format
 study: setup           ## the evidence: every activation, every seed (SPARTA_DATA names the folder with the images); about a day on 2 cores
 	@$(PY) -m pipeline.run study
 	@$(PY) infra/results.py --take runs/study
-	@$(PY) -m pipeline.run study_sweep --until search
-	@$(PY) infra/results.py --sweep runs/study-sweep
+	@for seed in 0 1 2; do $(PY) -m pipeline.run study_sweep --until search name=study-sweep-s$$seed seed=$$seed || exit; done
+	@$(PY) infra/results.py --sweep runs/study-sweep-s0 runs/study-sweep-s1 runs/study-sweep-s2
 
 study-quick: setup     ## the same tables on embedded digits, in minutes
 	@$(PY) -m pipeline.run study_quick

@@ -2,7 +2,7 @@
 
     python infra/results.py --take RUNS                  # after `make study`: results/ anew
     python infra/results.py --add RUNS                   # after a part of it: its networks beside those of results/
-    python infra/results.py --sweep RUNS                 # after a search: its trials into results/sweep
+    python infra/results.py --sweep RUNS [RUNS ...]      # after a search, of each seed: its trials into results/sweep
     python infra/results.py --ship NAME RUNS             # ship its best activation as a pretrained bank
     python infra/results.py                              # only write the quotations again
 
@@ -13,8 +13,10 @@ robust accuracy on validation images. A shipped bank's card is made of the study
 
 import argparse
 import csv
+import itertools
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -24,10 +26,11 @@ from pipeline.artifacts import MODEL, load_record  # noqa: E402
 from pipeline.artifacts import RECORD as STAGE_RECORD  # noqa: E402
 from pipeline.cluster.sweep.results import COLUMNS as TRIAL_COLUMNS  # noqa: E402
 from pipeline.cluster.sweep.results import ERROR, TABLE  # noqa: E402
-from pipeline.report.study import FINALISTS, Entry, Study  # noqa: E402
+from pipeline.report.study import FINALISTS, Entry, Mean, Study  # noqa: E402
 from pipeline.report.study_page import (  # noqa: E402
     RECORD,
     grid,
+    interval,
     overview,
     tables,
     write_study,
@@ -82,52 +85,82 @@ def take_networks(runs: Path) -> None:
             shutil.copytree(network, NETWORKS / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
-def take_sweep(runs: Path) -> None:
-    """Copy what a chain's search left, with its record, in place of an earlier one."""
-    found = output(runs, "search", "best")
-    record = load_record(found)
-    if record is None or not sweep(found):
-        raise SystemExit(f"expected a finished search in {found}, got none")
+def take_sweeps(chains: list[Path]) -> None:
+    """Copy what the searches of several seeds left, with their records, in place of earlier ones."""
+    found = {folder: load_record(folder) for folder in (output(runs, "search", "best") for runs in chains)}
+    for folder, record in found.items():
+        if record is None or not (folder / TABLE).is_file():
+            raise SystemExit(f"expected a finished search in {folder}, got none")
     shutil.rmtree(SWEEP, ignore_errors=True)
-    SWEEP.mkdir()
-    for name in (STAGE_RECORD, *record.outputs):
-        shutil.copyfile(found / name, SWEEP / name)
+    for folder, record in found.items():
+        assert record is not None
+        kept = SWEEP / f"s{record.inputs['sections']['seed']}"
+        kept.mkdir(parents=True)
+        for name in (STAGE_RECORD, *record.outputs):
+            shutil.copyfile(folder / name, kept / name)
+
+
+Trial = dict[str, str]
 
 
 def sweep(folder: Path = SWEEP) -> list[str]:
-    """For docs/results.md: every trial of a sweep, the best first, and for every value the mean over its trials."""
-    record = load_record(folder)
-    if record is None:
+    """For docs/results.md: what every value of a sweep reached over the seeds, what a step to the next one brings, and
+    every setting."""
+    records = [record for path in sorted(folder.glob("s*")) if (record := load_record(path)) is not None]
+    if not records:
         return []
-    settings = record.inputs["sections"]
-    epochs = settings["search"]["epochs"] or settings["training"]["epochs"]
-    with (folder / TABLE).open(newline="", encoding="utf-8") as file:
-        trials = sorted(csv.DictReader(file), key=lambda row: -float(row["robust"] or 0))
-    names = [name for name in trials[0] if name not in (*TRIAL_COLUMNS, ERROR)]
-    rows = [
-        (t["trial"], *(_value(n, t[n]) for n in names), *(_percent(t[w]) for w in ("clean", "robust"))) for t in trials
-    ]
-    means = []
+    seeds = [list(_trials(folder / f"s{record.inputs['sections']['seed']}")) for record in records]
+    settings = records[0].inputs["sections"]
+    names = [name for name in seeds[0][0] if name not in (*TRIAL_COLUMNS, ERROR)]
+    rows, whole = [], ({name: t[name] for name in names} for t in sorted(seeds[0], key=lambda t: int(t["trial"])))
     for name in names:
-        for value in sorted({t[name] for t in trials if t["robust"]}, key=_order):
-            those = [t for t in trials if t[name] == value and t["robust"]]
-            mean = [_percent(sum(float(t[w]) for t in those) / len(those)) for w in ("clean", "robust")]
-            means.append((name, _value(name, value), str(len(those)), *mean))
+        values = sorted({trial[name] for trials in seeds for trial in trials}, key=_order)
+        for value in values:
+            rows.append((name, _value(name, value), *(interval(m) for m in _reached(seeds, {name: value}))))
+        for low, high in itertools.pairwise(values):
+            step = _reached(seeds, {name: high}, {name: low})
+            rows.append(
+                (name, f"{_value(name, high)} – {_value(name, low)}", *(interval(m, signed=True) for m in step))
+            )
     return [
         "### A sweep",
         "",
-        f"{len(trials)} trials of {epochs} epochs over {', '.join(names)}, "
-        f"judged on validation images; search `{record.fingerprint[:12]}`.",
+        f"{len(seeds[0])} trials of {settings['search']['epochs'] or settings['training']['epochs']} epochs over "
+        f"{', '.join(names)}, {len(seeds)} seeds, judged on validation images; a value's mean is over its trials, seed "
+        f"by seed. Searches {', '.join(f'`{record.fingerprint[:12]}`' for record in records)}.",
         "",
-        *grid(("setting", "value", "trials", "mean clean %", "mean robust %"), means),
+        *grid(("setting", "value", "clean %", "robust %"), rows),
         "",
-        *grid(("trial", *names, "clean %", "robust %"), rows),
+        *grid(
+            (*names, "clean %", "robust %"),
+            [
+                (*(_value(*pair) for pair in where.items()), *(interval(m) for m in _reached(seeds, where)))
+                for where in whole
+            ],
+        ),
         "",
     ]
 
 
-def _percent(share: str | float) -> str:
-    return f"{100 * float(share):.1f}" if share != "" else "failed"
+def _trials(folder: Path) -> Iterator[Trial]:
+    with (folder / TABLE).open(newline="", encoding="utf-8") as file:
+        yield from (trial for trial in csv.DictReader(file) if trial["robust"])
+
+
+def _reached(seeds: list[list[Trial]], where: Trial, less: Trial | None = None) -> list[Mean]:
+    """Clean and robust accuracy of trials with these values, maybe less that of others, over seeds that have both."""
+    found = []
+    for what in ("clean", "robust"):
+        of_seeds = []
+        for trials in seeds:
+            chosen = [
+                [float(t[what]) for t in trials if wanted.items() <= t.items()] for wanted in (where, less or where)
+            ]
+            if all(chosen):
+                one, other = (sum(values) / len(values) for values in chosen)
+                of_seeds.append(one - other if less else one)
+        found.append(Mean.of(of_seeds))
+    return found
 
 
 def _order(text: str) -> tuple[float, str]:
@@ -242,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", type=Path, metavar="RUNS")
     parser.add_argument("--add", type=Path, metavar="RUNS")
-    parser.add_argument("--sweep", type=Path, metavar="RUNS")
+    parser.add_argument("--sweep", type=Path, nargs="+", metavar="RUNS")
     parser.add_argument("--ship", nargs=2, metavar=("NAME", "RUNS"))
     args = parser.parse_args()
     if args.take:
@@ -252,7 +285,7 @@ def main() -> None:
     if args.take or args.add:
         take_networks(args.take or args.add)
     if args.sweep:
-        take_sweep(args.sweep)
+        take_sweeps(args.sweep)
     found = study()
     for name, blocks in quotations(found).items():
         path = ROOT / name

@@ -13,7 +13,8 @@ from pipeline.artifacts import StageRecord, damaged_outputs, digest_outputs, loa
 from pipeline.config.load import load_config
 from pipeline.data import open_split, prepare
 from pipeline.data.sample import sample
-from pipeline.report.study_page import markdown
+from pipeline.report.study import Mean
+from pipeline.report.study_page import interval, markdown
 from pipeline.training.model_io import load_model, model_sha256
 from sparta_models import ActivationBank, build_model, pretrained_banks
 from sparta_models.bank import PRETRAINED
@@ -58,40 +59,56 @@ def test_the_studys_own_tables_are_made_of_its_record(results: ModuleType) -> No
     assert (ROOT / "results" / "results.md").read_text(encoding="utf-8") == markdown(results.study())
 
 
-def test_a_sweep_is_shown_with_its_means(results: ModuleType, tmp_path: Path) -> None:
-    space = {"training.threat.eps": "", "training.method.attack.steps": "", "training.method.kind": ""}
-    lines = [
-        "trial,state,epochs,clean,robust,best_epoch,front,seconds,eps,steps,kind,error",
-        f"1,finished,2,0.5,0.25,2,0,9.0,{4 / 255},10,pgd_at,",
-        f"2,finished,2,0.4,0.375,2,1,9.0,{8 / 255},10,trades,",
-        f"3,failed,0,,,,0,9.0,{8 / 255},,standard,NaN",
+def write_search(folder: Path, seed: int, gain: float) -> Path:
+    """A finished search over radius and steps; the second trial of seed 1 failed."""
+    kept = folder / "search" / "best" / "abc"
+    kept.mkdir(parents=True)
+    (kept.parent / "current.txt").write_text("abc\n")
+    second = "failed,0,,,,0" if seed else f"done,2,0.4,{0.375 + gain},2,1"
+    rows = [
+        "trial,state,epochs,clean,robust,best_epoch,front,seconds,eps,steps,error",
+        f"1,done,2,0.5,{0.25 + gain},2,0,9.0,{4 / 255},10,",
+        f"2,{second},9.0,{8 / 255},10,",
+        f"3,done,2,0.3,{0.35 + gain},2,1,9.0,{8 / 255},20,",
     ]
-    (tmp_path / "trials.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (kept / "trials.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     record = StageRecord(
-        stage="search", branch="best", fingerprint="a" * 64, payload={}, output_digest="b" * 64,
-        inputs={"sections": {"search": {"space": space, "epochs": 2}}},
-        outputs=digest_outputs(tmp_path, ["trials.csv"]),
+        stage="search", branch="best", fingerprint=str(seed) * 64, payload={}, output_digest="b" * 64,
+        inputs={"sections": {"seed": seed, "search": {"epochs": 2}}}, outputs=digest_outputs(kept, ["trials.csv"]),
     )  # fmt: skip
-    save_record(tmp_path, record)
-    text = "\n".join(results.sweep(tmp_path))
-    assert "3 trials of 2 epochs" in text
-    assert f"search `{'a' * 12}`" in text
-    for row in (
-        "| eps | 4/255 | 1 | 50.0 | 25.0 |",
-        "| eps | 8/255 | 1 | 40.0 | 37.5 |",
-        "| steps | 10 | 2 | 45.0 | 31.2 |",
-        "| 2 | 8/255 | 10 | trades | 40.0 | 37.5 |\n| 1 |",
-        "| 3 | 8/255 | – | standard | failed | failed |",
-    ):
-        assert row in text
-    assert "| kind | standard" not in text
+    save_record(kept, record)
+    return folder
+
+
+def test_a_sweep_is_shown_with_its_means_over_seeds(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "SWEEP", tmp_path / "sweep")
+    results.take_sweeps(
+        [write_search(tmp_path / name, seed, gain) for name, seed, gain in (("a", 0, 0.0), ("b", 1, 0.01))]
+    )
+    text = "\n".join(results.sweep(tmp_path / "sweep"))
+    assert "3 trials of 2 epochs over eps, steps, 2 seeds" in text
+    assert f"Searches `{'0' * 12}`, `{'1' * 12}`" in text
+    weak, strong = (Mean.of([0.5, 0.5]), Mean.of([0.25, 0.26])), (Mean.of([0.35, 0.3]), Mean.of([0.3625, 0.36]))
+    assert f"| eps | 4/255 | {interval(weak[0])} | {interval(weak[1])} |" in text
+    assert f"| eps | 8/255 | {interval(strong[0])} | {interval(strong[1])} |" in text
+    step = [interval(Mean.of(gaps), signed=True) for gaps in ([-0.15, -0.2], [0.1125, 0.1])]
+    assert f"| eps | 8/255 – 4/255 | {step[0]} | {step[1]} |" in text
+    assert "| 8/255 | 10 | 40.0 | 37.5 |" in text  # of the one seed that has it
+    assert f"| 4/255 | 10 | {interval(Mean.of([0.5, 0.5]))} | {interval(Mean.of([0.25, 0.26]))} |" in text
     assert results.sweep(tmp_path / "none") == []
+    (tmp_path / "a/search/best/abc/trials.csv").unlink()
+    with pytest.raises(SystemExit, match="expected a finished search"):
+        results.take_sweeps([tmp_path / "a"])
 
 
 def test_the_committed_sweep_is_as_it_was_written(results: ModuleType) -> None:
-    record = load_record(results.SWEEP)
-    assert record is not None
-    assert not list(damaged_outputs(results.SWEEP, record))
+    assert list(results.SWEEP.iterdir())
+    for folder in results.SWEEP.iterdir():
+        record = load_record(folder)
+        assert record is not None
+        assert not list(damaged_outputs(folder, record))
 
 
 def test_accuracies_are_those_of_the_images(results: ModuleType) -> None:
