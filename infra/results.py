@@ -106,13 +106,14 @@ Trial = dict[str, str]
 def sweep(folder: Path = SWEEP) -> list[str]:
     """For docs/results.md: what every value of a sweep reached over the seeds, what a step to the next one brings, and
     every setting."""
-    records = [record for path in sorted(folder.glob("s*")) if (record := load_record(path)) is not None]
-    if not records:
+    kept = {path: record for path in sorted(folder.glob("s*")) if (record := load_record(path)) is not None}
+    if not kept:
         return []
-    seeds = [list(_trials(folder / f"s{record.inputs['sections']['seed']}")) for record in records]
+    records, seeds = list(kept.values()), [list(_trials(path)) for path in kept]
     settings = records[0].inputs["sections"]
     names = [name for name in seeds[0][0] if name not in (*TRIAL_COLUMNS, ERROR)]
-    rows, whole = [], ({name: t[name] for name in names} for t in sorted(seeds[0], key=lambda t: int(t["trial"])))
+    grid_points = [{name: trial[name] for name in names} for trial in sorted(seeds[0], key=lambda t: int(t["trial"]))]
+    rows = []
     for name in names:
         values = sorted({trial[name] for trials in seeds for trial in trials}, key=_order)
         for value in values:
@@ -135,7 +136,7 @@ def sweep(folder: Path = SWEEP) -> list[str]:
             (*names, "clean %", "robust %"),
             [
                 (*(_value(*pair) for pair in where.items()), *(interval(m) for m in _reached(seeds, where)))
-                for where in whole
+                for where in grid_points
             ],
         ),
         "",

@@ -66,8 +66,8 @@ class ActivationBank:
             ValueError: for a network without installed activations, on the meta device, or with others put at its sites
                 since (by hand, by pruning).
         """
-        if any(parameter.is_meta for parameter in unwrap(model).parameters()):
-            raise ValueError("expected a network with values, got one on the meta device")
+        root = unwrap(model)
+        _expect_values(root)
         spec, infos = activation_spec(model), sites(model)
         entries: dict[str, Entry] = {}
         for info, (_, site) in zip(infos, named_sites(model), strict=True):
@@ -75,7 +75,6 @@ class ActivationBank:
                 tensors = {k: v.detach().cpu().clone() for k, v in site.function.state_dict().items()}
                 entries[info.key] = Entry(info, tensors)
         _expect_shapes(spec, entries)
-        root = unwrap(model)
         architecture = str(getattr(root, "_architecture", type(root).__name__))
         return cls(spec, entries, tuple(infos), architecture, {} if source is None else source)
 
@@ -139,8 +138,7 @@ class ActivationBank:
         networks = len(filled_networks(root))
         if networks > 1:
             raise ValueError(f"expected one network, got {networks} in one; apply the bank to each of them")
-        if any(parameter.is_meta for parameter in root.parameters()):
-            raise ValueError("expected a network with values, got one on the meta device; give it some first: to_empty")
+        _expect_values(root)
         plan = match(target, list(self.sites))
         by_site = {id(site): info for info, (_, site) in zip(target, named_sites(model), strict=True)}
 
@@ -209,6 +207,11 @@ def _entries(spec: ActivationSpec, infos: tuple[SiteInfo, ...], tensors: Mapping
     if strangers:
         raise ValueError(f"tensors that belong to no site: {', '.join(strangers)}")
     return entries
+
+
+def _expect_values(root: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in root.parameters()):
+        raise ValueError("expected a network with values, got one on the meta device; give it some first: to_empty")
 
 
 def _expect_shapes(spec: ActivationSpec, entries: Mapping[str, Entry]) -> None:

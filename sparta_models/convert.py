@@ -29,7 +29,7 @@ from sparta_models.activations import Activation
 from sparta_models.calls import KINDS, Call, is_written_out, note_channel_axes
 from sparta_models.models.common import Normalize
 from sparta_models.places import places
-from sparta_models.sites import ActivationSpec, Site, bare, install
+from sparta_models.sites import ActivationSpec, Site, bare, first_weight, install
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,8 @@ def _keep_buffers(graph_module: fx.GraphModule, kept: set[str]) -> None:
 def _propagate(graph_module: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
     """Note each node's shape, by a forward pass of a copy on the meta device in eval mode."""
     twin = copy.deepcopy(graph_module).to("meta").eval()
-    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+    first = first_weight(twin)
+    dtype = torch.float32 if first is None else first.dtype
     try:
         # What it prints of an error is in the one that is raised.
         with torch.no_grad(), torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
@@ -292,7 +293,8 @@ def _expect_the_same(network: nn.Module, graph_module: fx.GraphModule, input_sha
 
     Nothing is compared on the meta device, nor where the network cannot run (in half precision on a CPU, say).
     """
-    first = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    weight = first_weight(network)
+    first = torch.empty(0) if weight is None else weight
     if first.is_meta:
         return
     with torch.random.fork_rng([first.device] if first.is_cuda else []):

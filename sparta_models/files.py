@@ -82,7 +82,7 @@ def read_bank(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+        if tensor.is_floating_point() and not tensor.double().isfinite().all():
             raise ValueError(f"{path}: expected finite values, got NaN or infinity in {name!r}")
 
 

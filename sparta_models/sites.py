@@ -232,9 +232,14 @@ def _shared_keys(places: list[Site], spec: ActivationSpec) -> Iterator[str]:
         yield name if any_width else f"{name}_c{site.num_channels}"
 
 
+def first_weight(root: nn.Module) -> nn.Parameter | None:
+    """The first parameter that is no integer: its device and type are the network's."""
+    return next((parameter for parameter in root.parameters() if parameter.is_floating_point()), None)
+
+
 def like(root: nn.Module, activation: Activation) -> Activation:
     """Move an activation to the network's device, type and mode."""
-    first = next((parameter for parameter in root.parameters() if parameter.is_floating_point()), None)
+    first = first_weight(root)
     if first is not None:
         activation.to(first.device, first.dtype)
     return activation.train(root.training)

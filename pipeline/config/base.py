@@ -71,10 +71,14 @@ PixelStep = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_
 """A step in pixel units; may be 0; accepts "2/255". As to 1, see Eps."""
 
 
+def told_in_levels(eps: float) -> bool:
+    """Whether a radius is told as "8/255": a whole number of grey levels of 8-bit images, which four digits round."""
+    return abs(float(f"{eps:.4g}") - eps) > 1e-9 and abs(255 * eps - round(255 * eps)) < 1e-6
+
+
 def radius_label(eps: float) -> str:
-    """A radius for people: four digits, or as "8/255" where these are not exact and that is."""
-    digits, levels = f"{eps:.4g}", 255 * eps
-    return f"{levels:.0f}/255" if abs(float(digits) - eps) > 1e-9 and abs(levels - round(levels)) < 1e-6 else digits
+    """A radius for people, e.g. "8/255" or "0.15"."""
+    return f"{255 * eps:.0f}/255" if told_in_levels(eps) else f"{eps:.4g}"
 
 
 class ThreatModel(Section):

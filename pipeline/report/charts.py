@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.config.base import ThreatModel, radius_label
+from pipeline.config.base import ThreatModel, told_in_levels
 from pipeline.report.facts import Row
 from pipeline.report.gates import Response
 from pipeline.report.inputs import ModelCard, ReportInputs
@@ -218,7 +218,7 @@ def _per_target(
 
 def in_pixel_steps(threat: ThreatModel) -> bool:
     """Whether eps is told in grey levels of 8-bit images, as in 8/255."""
-    return threat.norm == "linf" and radius_label(threat.eps).endswith("/255")
+    return threat.norm == "linf" and told_in_levels(threat.eps)
 
 
 def _targets(inputs: ReportInputs) -> Iterator[tuple[str, list[ModelCard]]]:

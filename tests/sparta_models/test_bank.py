@@ -510,6 +510,14 @@ def test_files_that_are_amiss_are_refused(tmp_path, harm, message):
         ActivationBank.load(directory)
 
 
+def test_double_values_beyond_single_precision_are_finite(tmp_path):
+    model = build_model("resnet8", activation="prelu").double()
+    with torch.no_grad():
+        dict(named_sites(model))["layer1.0.act1"].function.weight.fill_(1e300)
+    bank = ActivationBank.from_model(model)
+    assert ActivationBank.load(bank.save(tmp_path)) == bank
+
+
 def test_a_bank_with_nan_is_not_written(tmp_path):
     model = trained()
     torch.nn.init.constant_(function(model, "act1").gate.weight, float("nan"))
